@@ -1,0 +1,7 @@
+"""`lightning_diffusion.callbacks`."""
+
+if __name__ != "lightning_diffusion.callbacks":
+    raise ImportError(
+        "This folder is installed as lightning_diffusion.callbacks: write `import lightning_diffusion.callbacks`. In an "
+        "uninstalled checkout the link lightning_diffusion/callbacks must be a symbolic link, not a text file."
+    )

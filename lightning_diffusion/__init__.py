@@ -1,0 +1,52 @@
+"""Train diffusion models stably and efficiently with PyTorch Lightning."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "noise_level": ["NoiseLevel"],
+    "schedules": [
+        "CosineSchedule",
+        "DiscreteSchedule",
+        "EDMSchedule",
+        "LinearSchedule",
+        "Schedule",
+    ],
+    "densities": ["Density", "LogNormalSigma", "UniformTime"],
+    "weightings": ["Constant", "EDMWeighting", "Weighting"],
+    "targets": ["X0", "Epsilon", "Target", "V"],
+    "preconditioning": ["DDPMPreconditioning", "EDMPreconditioning", "LogSigma", "Preconditioning", "Timestep"],
+    "objective": ["DiffusionObjective"],
+    "presets": ["DDPM", "EDM", "VPrediction"],
+    "representation": ["Identity", "Representation", "Standardize"],
+    "networks": ["Network", "UNet"],
+    "learning_rates": [
+        "LearningRate",
+        "WarmupConstant",
+        "WarmupCosine",
+        "WarmupInverseSquareRoot",
+        "WarmupLinear",
+    ],
+    "sampling": ["DDIM", "Ancestral", "Euler", "Heun", "Sampler"],
+    "guidance": ["ClassifierFree", "Guidance"],
+    "module": ["DiffusionModule"],
+    "resume": ["RandomKey", "ResumableSampler"],
+    "io": ["AtomicCheckpointIO"],
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(["__version__", *_MODULE_OF])
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used, so that the command line's help needs no torch (PEP 562)."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
