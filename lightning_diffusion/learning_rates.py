@@ -1,0 +1,76 @@
+"""Learning rates as factors of the optimizer's own, over optimizer steps.
+
+Lengths may be given in steps or in images; both add up. Total steps are unknown while a configuration is read, so
+a learning rate is a function of (step, total_steps, images_per_step).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LearningRate(ABC):
+    """A linear warm-up, then what the subclass says.
+
+    Args:
+        warmup_steps, warmup_images: length of the warm-up, added up.
+    """
+
+    warmup_steps: int = 100
+    warmup_images: int = 0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0 or self.warmup_images < 0:
+            raise ValueError(f"Found {self}; expected a warm-up of at least 0 steps and 0 images.")
+
+    @abstractmethod
+    def after_warmup(self, step: int, progress: float) -> float:
+        """The factor at a step; `progress` goes from 0 at the end of the warm-up to 1 at the end of training."""
+
+    def __call__(self, step: int, total_steps: float, images_per_step: int) -> float:
+        """The factor of optimizer step number `step`, counted from 0, of `total_steps` (may be infinite)."""
+        warmup = self.warmup_steps + self.warmup_images / images_per_step
+        progress = (step - warmup) / max(total_steps - warmup, 1) if math.isfinite(total_steps) else 0.0
+        ramp = min((step + 1) / (warmup + 1), 1.0)
+        return ramp * self.after_warmup(step, min(max(progress, 0.0), 1.0))
+
+
+@dataclass(frozen=True)
+class WarmupConstant(LearningRate):
+    """Constant after the warm-up."""
+
+    def after_warmup(self, step: int, progress: float) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class WarmupLinear(LearningRate):
+    """Linear to zero after the warm-up."""
+
+    def after_warmup(self, step: int, progress: float) -> float:
+        return 1 - progress
+
+
+@dataclass(frozen=True)
+class WarmupCosine(LearningRate):
+    """Half a cosine to zero after the warm-up."""
+
+    def after_warmup(self, step: int, progress: float) -> float:
+        return (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class WarmupInverseSquareRoot(LearningRate):
+    """1 / sqrt(max(step / reference_steps, 1)) (Karras et al. 2024, "EDM2", eq. 67).
+
+    Args:
+        reference_steps: where the decay sets in.
+    """
+
+    reference_steps: int = 70_000
+
+    def after_warmup(self, step: int, progress: float) -> float:
+        return 1 / math.sqrt(max(step / self.reference_steps, 1))

@@ -1,0 +1,136 @@
+r"""The one place where the knobs meet: loss and denoise.
+
+    x_0   clean data, float32, zero mean, deviation sigma_data        shape (B, ...)
+    x_t   = alpha x_0 + sigma eps                                     shape (B, ...)
+    loss  = mean over samples and elements of w |F - R|^2
+
+The network's call runs in whatever precision the Trainer sets; all else is float32 (float64 for float64 data).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_diffusion.densities import Density
+from lightning_diffusion.noise_level import NoiseLevel, per_sample
+from lightning_diffusion.preconditioning import Preconditioning
+from lightning_diffusion.recording import Recorded
+from lightning_diffusion.resume import RandomKey
+from lightning_diffusion.schedules import Schedule
+from lightning_diffusion.weightings import Setting, Space, Weighting
+
+Condition = Mapping[str, Tensor]
+
+
+class Report(NamedTuple):
+    """What a loss was made of: loss (), per_sample (B,) weighted, and the levels."""
+
+    loss: Tensor
+    per_sample: Tensor
+    level: NoiseLevel
+
+    def detach(self) -> Report:
+        """The same without its graph."""
+        return Report(self.loss.detach(), self.per_sample.detach(), self.level)
+
+
+class DiffusionObjective(Recorded, nn.Module):
+    """Which levels, which weight, which target, which coefficients.
+
+    Args:
+        schedule: the noise process.
+        density: where on the log-SNR axis training draws.
+        preconditioning: the network's inputs and outputs; carries the target and sigma_data.
+        weighting: how much each level counts.
+
+    Raises:
+        ValueError: where the target loses the data at a level of the schedule.
+    """
+
+    def __init__(
+        self, schedule: Schedule, density: Density, preconditioning: Preconditioning, weighting: Weighting
+    ) -> None:
+        super().__init__()
+        preconditioning.check(schedule)
+        self.schedule = schedule
+        self.density = copy.deepcopy(density)
+        self.preconditioning = copy.deepcopy(preconditioning)
+        self.weighting = copy.deepcopy(weighting)
+
+    @property
+    def sigma_data(self) -> float:
+        """The deviation of the data that the objective assumes."""
+        return self.preconditioning.sigma_data
+
+    def loss(
+        self, network: nn.Module, x0: Tensor, condition: Condition | None = None, key: RandomKey | None = None
+    ) -> Report:
+        """Draw levels and noise and measure the weighted error of the network. `key` says where in the run."""
+        level, noise = self.draw(x0, key or RandomKey())
+        return self.loss_at(network, x0, noise, level, condition)
+
+    def draw(self, x0: Tensor, key: RandomKey) -> tuple[NoiseLevel, Tensor]:
+        """Stratified levels and this rank's noise for a batch x0 of shape (B, ...)."""
+        x0 = at_least_float32(x0)
+        level = self.schedule.at(self.density.draw(len(x0), self.schedule, key)).to(x0)
+        generator = key.local_generator("noise", x0.device)
+        return level, torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+
+    def loss_at(
+        self, network: nn.Module, x0: Tensor, noise: Tensor, level: NoiseLevel, condition: Condition | None = None
+    ) -> Report:
+        """The loss with levels and noise given: traceable by torch.compile, no host synchronisation."""
+        x0 = at_least_float32(x0)
+        output = self._output(network, level.diffuse(x0, noise), level, condition)
+        error = output - self.preconditioning.residual(x0, noise, level)
+        per_sample_loss = self.weight(level) * error.square().flatten(1).mean(1)
+        return Report(per_sample_loss.mean(), per_sample_loss, level)
+
+    def denoise(
+        self, network: nn.Module, x_t: Tensor, level: NoiseLevel, condition: Condition | None = None
+    ) -> Tensor:
+        """x_0_hat = E[x_0 | x_t] as the network has learned it, shape (B, ...), float32."""
+        x_t = at_least_float32(x_t)
+        output = self._output(network, x_t, level, condition)
+        return self.preconditioning.to_x0(output, x_t, level)
+
+    def weight(self, level: NoiseLevel) -> Tensor:
+        """The weight on the network's own squared error, carried from the space that it is stated in, shape (B,)."""
+        ratio = self._determinant(self.weighting.space, level) / self.preconditioning.output_determinant(level)
+        return self.weighting(level, self._setting) * ratio**2
+
+    @property
+    def _setting(self) -> Setting:
+        return Setting(self.sigma_data, lambda log_snr: self.density.log_prob(log_snr, self.schedule))
+
+    def _determinant(self, space: Space, level: NoiseLevel) -> Tensor:
+        of: dict[Space, Callable[[NoiseLevel], Tensor]] = {
+            Space.DATA: lambda level: -level.sigma,
+            Space.NOISE: lambda level: level.alpha,
+            Space.RESIDUAL: self.preconditioning.residual_determinant,
+            Space.TARGET: self.preconditioning.target.determinant,
+        }
+        return of[space](level)
+
+    def _output(
+        self, network: nn.Module, x_t: Tensor, level: NoiseLevel, condition: Condition | None
+    ) -> Tensor:
+        c = self.preconditioning(level)
+        x = (per_sample(c.c_in, x_t) * x_t).to(_weight_dtype(network, x_t.dtype))
+        output: Tensor = network(x, c.c_noise, **(condition or {}))
+        return output.to(x_t.dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float64 stays, everything else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _weight_dtype(network: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype that a network kept in low precision wants its input in."""
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), default)
