@@ -56,8 +56,8 @@ def _check_shape(images: Tensor, image_shape: Sequence[int] | None) -> None:
 def _check_type(images: Tensor) -> None:
     if not images.is_floating_point():
         raise ValueError(
-            f"found images of type {images.dtype}, expected torch.float32 in [-1, 1]: convert 8-bit images by "
-            "`images.float() / 127.5 - 1`."
+            f"found images of type {images.dtype}, expected torch.float32 in [-1, 1]: convert 8-bit images "
+            "by `images.float() / 127.5 - 1`."
         )
 
 
@@ -66,8 +66,8 @@ def _check_finite(images: Tensor) -> None:
     if broken.any():
         where = broken.nonzero().flatten().tolist()
         raise ValueError(
-            f"found NaN or infinity in images {where[:8]} of the batch, expected finite numbers: look for damaged "
-            "files or a division by zero in the preprocessing, and leave these images out."
+            f"found NaN or infinity in images {where[:8]} of the batch, expected finite numbers: look for "
+            "damaged files or a division by zero in the preprocessing, and leave these images out."
         )
 
 
@@ -83,8 +83,8 @@ def _check_range(images: Tensor, low: float, high: float) -> None:
 def _check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
     if num_classes == 0:
         raise ValueError(
-            "found labels in the batch, expected none, for the network has num_classes=0: give the network the "
-            "num_classes of the data, or leave the labels out (labels=False in the datamodules of this package)."
+            "found labels in the batch, expected none, for the network has num_classes=0: give the network "
+            "the num_classes of the data, or leave the labels out (our datamodules: labels=False)."
         )
     if labels.dtype != torch.int64 or labels.shape != (batch,):
         raise ValueError(
@@ -94,6 +94,6 @@ def _check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
     least, greatest = int(labels.min()), int(labels.max())
     if least < 0 or greatest >= num_classes:
         raise ValueError(
-            f"found labels {least}..{greatest}, expected 0..{num_classes - 1}, for the network has num_classes="
-            f"{num_classes}: give it the num_classes of the data, or number the classes from 0."
+            f"found labels {least}..{greatest}, expected 0..{num_classes - 1}, for the network has "
+            f"num_classes={num_classes}: give it the num_classes of the data, or number the classes from 0."
         )

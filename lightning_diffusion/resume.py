@@ -70,8 +70,7 @@ class RandomKey:
         return draws[self.rank :: self.world_size]
 
     def stratified_uniform(self, purpose: str, batch: int) -> Tensor:
-        """Like `uniform`, with one draw in each of n equal strata of [0, 1), n the samples of an optimizer
-        step.
+        """Like `uniform`, one draw in each of n equal strata of [0, 1), n the samples of an optimizer step.
 
         Sample g of the global batch, in micro-batch a of the step, takes stratum (g A + a + S) mod n; the
         shift S is drawn once per step, so that no place in the batch keeps its stratum and each u is exactly
