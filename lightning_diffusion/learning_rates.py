@@ -11,16 +11,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
 class LearningRate(ABC):
     """A linear warm-up, then what the subclass says.
 
-    Args:
+    Attributes:
         warmup_steps, warmup_images: length of the warm-up, added up.
     """
 
-    warmup_steps: int = 100
-    warmup_images: int = 0
+    warmup_steps: int
+    warmup_images: int
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0 or self.warmup_images < 0:
@@ -42,6 +41,9 @@ class LearningRate(ABC):
 class WarmupConstant(LearningRate):
     """Constant after the warm-up."""
 
+    warmup_steps: int = 100
+    warmup_images: int = 0
+
     def after_warmup(self, step: int, progress: float) -> float:
         return 1.0
 
@@ -50,6 +52,9 @@ class WarmupConstant(LearningRate):
 class WarmupLinear(LearningRate):
     """Linear to zero after the warm-up."""
 
+    warmup_steps: int = 100
+    warmup_images: int = 0
+
     def after_warmup(self, step: int, progress: float) -> float:
         return 1 - progress
 
@@ -57,6 +62,9 @@ class WarmupLinear(LearningRate):
 @dataclass(frozen=True)
 class WarmupCosine(LearningRate):
     """Half a cosine to zero after the warm-up."""
+
+    warmup_steps: int = 100
+    warmup_images: int = 0
 
     def after_warmup(self, step: int, progress: float) -> float:
         return (1 + math.cos(math.pi * progress)) / 2
@@ -67,9 +75,12 @@ class WarmupInverseSquareRoot(LearningRate):
     """1 / sqrt(max(step / reference_steps, 1)) (Karras et al. 2024, "EDM2", eq. 67).
 
     Args:
+        warmup_steps, warmup_images: length of the warm-up, added up.
         reference_steps: where the decay sets in.
     """
 
+    warmup_steps: int = 0
+    warmup_images: int = 10_000_000
     reference_steps: int = 70_000
 
     def after_warmup(self, step: int, progress: float) -> float:

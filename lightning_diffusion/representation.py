@@ -22,6 +22,9 @@ class Representation(Recorded, nn.Module, ABC):
     sigma_data: float | None = None
     """The deviation that `encode` puts out; None where it is not known."""
 
+    bounded: bool = True
+    """Whether the data lie in [-1, 1], as images do: batches are checked for it and samples cut to it."""
+
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to what is trained on."""
@@ -40,7 +43,15 @@ class Representation(Recorded, nn.Module, ABC):
 
 
 class Identity(Representation):
-    """Train on the images as they are."""
+    """Train on the data as they are.
+
+    Args:
+        bounded: False for data that are not images in [-1, 1].
+    """
+
+    def __init__(self, bounded: bool = True) -> None:
+        super().__init__()
+        self.bounded = bounded
 
     def encode(self, images: Tensor) -> Tensor:
         return images

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +25,21 @@ from lightning_diffusion.schedules import Schedule
 Denoiser = Callable[[Tensor, NoiseLevel], Tensor]
 
 
+class Process(NamedTuple):
+    """What a step needs besides x and its levels."""
+
+    denoise: Denoiser
+    schedule: Schedule
+    generator: torch.Generator | None
+
+
 class Sampler(ABC):
     """sampler(denoiser, noise, schedule) draws samples of the shape of `noise`."""
 
     num_steps: int
 
     @abstractmethod
-    def step(
-        self, denoise: Denoiser, x: Tensor, level: NoiseLevel, end: NoiseLevel, generator: torch.Generator | None
-    ) -> Tensor:
+    def step(self, process: Process, x: Tensor, level: NoiseLevel, end: NoiseLevel) -> Tensor:
         """From x at `level` to less noise at `end`; levels are scalars."""
 
     def __call__(
@@ -43,10 +50,11 @@ class Sampler(ABC):
         def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
             return denoiser(x, level.expand(len(x)).to(x)).to(x.dtype)
 
+        process = Process(denoise, schedule, generator)
         levels = list(_scalars(schedule.sampling_levels(self.num_steps)))
         x = levels[0].sigma * noise
         for level, end in pairwise(levels):
-            x = self.step(denoise, x, level, end, generator)
+            x = self.step(process, x, level, end)
         return x
 
 
@@ -56,10 +64,8 @@ class Euler(Sampler):
 
     num_steps: int = 50
 
-    def step(
-        self, denoise: Denoiser, x: Tensor, level: NoiseLevel, end: NoiseLevel, generator: torch.Generator | None
-    ) -> Tensor:
-        return _recombine(denoise(x, level), x, level, end)
+    def step(self, process: Process, x: Tensor, level: NoiseLevel, end: NoiseLevel) -> Tensor:
+        return _recombine(process.denoise(x, level), x, level, end)
 
 
 @dataclass(frozen=True)
@@ -90,16 +96,14 @@ class Heun(Sampler):
     num_steps: int = 18
     churn: Churn | None = None
 
-    def step(
-        self, denoise: Denoiser, x: Tensor, level: NoiseLevel, end: NoiseLevel, generator: torch.Generator | None
-    ) -> Tensor:
+    def step(self, process: Process, x: Tensor, level: NoiseLevel, end: NoiseLevel) -> Tensor:
         if self.churn is not None:
-            x, level = _churned(x, level, self.churn, self.num_steps, generator)
-        slope, x0 = _slope_and_x0(denoise, x, level)
+            x, level = _churned(process, x, level, self.churn, self.num_steps)
+        slope, x0 = _slope_and_x0(process.denoise, x, level)
         guess = end.alpha * x0 + end.sigma * slope
         if end.sigma == 0 or level.alpha == 0:
             return guess
-        end_slope, _ = _slope_and_x0(denoise, guess, end)
+        end_slope, _ = _slope_and_x0(process.denoise, guess, end)
         scale = end.alpha / level.alpha
         return scale * x + (end.sigma - scale * level.sigma) * (slope + end_slope) / 2
 
@@ -111,16 +115,14 @@ class DDIM(Sampler):
     num_steps: int = 50
     eta: float = 0.0
 
-    def step(
-        self, denoise: Denoiser, x: Tensor, level: NoiseLevel, end: NoiseLevel, generator: torch.Generator | None
-    ) -> Tensor:
-        x0 = denoise(x, level)
+    def step(self, process: Process, x: Tensor, level: NoiseLevel, end: NoiseLevel) -> Tensor:
+        x0 = process.denoise(x, level)
         if self.eta == 0:
             return _recombine(x0, x, level, end)
         variance = self.eta**2 * posterior_variance(level, end)
         slope = (x - level.alpha * x0) / level.sigma
         mean = end.alpha * x0 + (end.sigma**2 - variance).clamp(min=0).sqrt() * slope
-        return mean + variance.sqrt() * _noise_like(x, generator)
+        return mean + variance.sqrt() * _noise_like(x, process.generator)
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,9 @@ class Ancestral(Sampler):
 
     num_steps: int = 250
 
-    def step(
-        self, denoise: Denoiser, x: Tensor, level: NoiseLevel, end: NoiseLevel, generator: torch.Generator | None
-    ) -> Tensor:
-        mean = posterior_mean(x, denoise(x, level), level, end)
-        return mean + posterior_variance(level, end).sqrt() * _noise_like(x, generator)
+    def step(self, process: Process, x: Tensor, level: NoiseLevel, end: NoiseLevel) -> Tensor:
+        mean = posterior_mean(x, process.denoise(x, level), level, end)
+        return mean + posterior_variance(level, end).sqrt() * _noise_like(x, process.generator)
 
 
 def posterior_mean(x_t: Tensor, x0: Tensor, level: NoiseLevel, end: NoiseLevel) -> Tensor:
@@ -163,16 +163,15 @@ def _recombine(x0: Tensor, x: Tensor, level: NoiseLevel, end: NoiseLevel) -> Ten
 
 
 def _churned(
-    x: Tensor, level: NoiseLevel, churn: Churn, num_steps: int, generator: torch.Generator | None
+    process: Process, x: Tensor, level: NoiseLevel, churn: Churn, num_steps: int
 ) -> tuple[Tensor, NoiseLevel]:
-    ratio = level.sigma / level.alpha
     gamma = min(churn.amount / num_steps, math.sqrt(2) - 1)
-    if gamma == 0 or not churn.sigma_min <= ratio <= churn.sigma_max:
+    if gamma == 0 or not churn.sigma_min <= level.sigma / level.alpha <= churn.sigma_max:
         return x, level
-    extra = ((1 + gamma) ** 2 - 1) ** 0.5 * level.sigma
-    noisier = x + extra * churn.noise * _noise_like(x, generator)
-    raised = NoiseLevel(level.alpha, (1 + gamma) * level.sigma)
-    return noisier, raised
+    raised = process.schedule.at(level.log_snr - 2 * math.log1p(gamma))
+    scale = raised.alpha / level.alpha
+    added = (raised.sigma**2 - (scale * level.sigma) ** 2).sqrt()
+    return scale * x + added * churn.noise * _noise_like(x, process.generator), raised
 
 
 def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

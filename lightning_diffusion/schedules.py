@@ -104,20 +104,19 @@ class EDMSchedule(VarianceExploding):
         return torch.linspace(1, 0, num_steps, dtype=torch.float64)
 
 
-@dataclass(frozen=True)
 class DiscreteSchedule(VariancePreserving):
     """A table of num_steps levels, t = 1..num_steps in the papers, index t - 1 here.
 
-    Args:
+    Attributes:
         num_steps: length T of the table.
         zero_terminal_snr: rescale so that the last level is pure noise (Lin et al. 2024, algorithm 1).
 
     Raises:
-        ValueError: for fewer than two steps, or betas outside (0, 1].
+        ValueError: for fewer than two steps, or betas outside (0, 1).
     """
 
-    num_steps: int = 1000
-    zero_terminal_snr: bool = False
+    num_steps: int
+    zero_terminal_snr: bool
 
     @abstractmethod
     def plain_betas(self) -> Tensor:
@@ -174,8 +173,10 @@ class DiscreteSchedule(VariancePreserving):
 class LinearSchedule(DiscreteSchedule):
     """beta linear in t (Ho et al. 2020)."""
 
+    num_steps: int = 1000
     beta_min: float = 1e-4
     beta_max: float = 0.02
+    zero_terminal_snr: bool = False
 
     def plain_betas(self) -> Tensor:
         if not self.beta_min < self.beta_max:
@@ -186,6 +187,9 @@ class LinearSchedule(DiscreteSchedule):
 @dataclass(frozen=True)
 class CosineSchedule(DiscreteSchedule):
     """abar(t) = cos^2((t/T + s) / (1 + s) pi/2), s = 0.008, beta at most 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
+
+    num_steps: int = 1000
+    zero_terminal_snr: bool = False
 
     def plain_betas(self) -> Tensor:
         t = torch.arange(self.num_steps + 1, dtype=torch.float64) / self.num_steps

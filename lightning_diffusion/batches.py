@@ -1,0 +1,54 @@
+"""From what a loader yields to images and conditions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_diffusion.resume import RandomKey
+
+LABEL = "label"
+
+
+def unpack(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Images and conditions of a batch: x, (x, label) or {"image": x, "label": y, ...}.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(batch, Tensor):
+        return batch, {}
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        return batch[0], {LABEL: batch[1]}
+    if isinstance(batch, Mapping) and isinstance(batch.get("image"), Tensor):
+        return batch["image"], {name: part for name, part in batch.items() if name != "image"}
+    raise TypeError(
+        f"Found a batch of {_describe(batch)}; expected images, (images, labels), or "
+        '{"image": images, "label": labels} as tensors.'
+    )
+
+
+def declared_conditions(network: nn.Module) -> set[str]:
+    """The conditions that a network takes: the keywords of its `forward` after x and c_noise."""
+    parameters = list(inspect.signature(network.forward).parameters.values())[2:]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return {LABEL}
+    return {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
+
+
+def drop_labels(label: Tensor, null: int, share: float, key: RandomKey) -> Tensor:
+    """Replace a share of the labels (B,) by the null label; drawn for the global batch."""
+    dropped = key.uniform("label dropout", len(label)) < share
+    return torch.where(dropped.to(label.device, non_blocking=True), null, label)
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a dict with the keys {sorted(map(str, batch))}"
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of {len(batch)} ({', '.join(type(part).__name__ for part in batch)})"
+    return type(batch).__name__

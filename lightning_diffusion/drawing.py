@@ -1,0 +1,176 @@
+"""Sampling from a module: the one place that grids, metrics and commands call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lightning_diffusion.averaging import resolve_weights
+from lightning_diffusion.batches import LABEL
+from lightning_diffusion.guidance import Guidance
+from lightning_diffusion.networks.base import Reweighted
+from lightning_diffusion.noise_level import NoiseLevel
+from lightning_diffusion.objective import Condition, DiffusionObjective
+from lightning_diffusion.representation import Representation
+from lightning_diffusion.resume import hash_seed
+from lightning_diffusion.sampling import Denoiser, Sampler
+
+
+class Drawing(nn.Module):
+    """What DiffusionModule can do without a Trainer: denoise and sample."""
+
+    network: nn.Module
+    objective: DiffusionObjective
+    representation: Representation
+    sampler: Sampler
+    averages: dict[str, dict[str, Tensor]]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, which is also the null label; 0 without."""
+        return int(getattr(self.network, "num_classes", 0))
+
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """(C, H, W) as the network states it, None if it does not."""
+        shape = getattr(self.network, "image_shape", None)
+        return None if shape is None else tuple(shape)
+
+    def denoiser(
+        self, condition: Condition | None = None, guidance: Guidance | None = None, weights: str = "online"
+    ) -> Denoiser:
+        """x_0_hat = denoiser(x_t, level), in the space of the representation.
+
+        Args:
+            condition: {"label": int64 (B,)}; None is the null label.
+            guidance: combines the denoisers with and without the condition.
+            weights: online, ema, ema:NAME or FILE.safetensors.
+
+        Raises:
+            ValueError: for weights that are not there or of another network; for guidance without a null label.
+        """
+        network = self._with_weights(weights)
+        conditional = partial(self._denoise, network, dict(condition or {}))
+        if guidance is None:
+            return conditional
+        if not self.num_classes:
+            raise ValueError(
+                f"{guidance} needs a null label, and {type(self.network).__name__} has no classes. Sample without "
+                "guidance, or train the network with num_classes and label_dropout."
+            )
+        return guidance(conditional, partial(self._denoise, network, {}))
+
+    def sample(
+        self,
+        num_samples: int,
+        condition: Condition | None = None,
+        *,
+        sampler: Sampler | None = None,
+        guidance: Guidance | None = None,
+        weights: str = "online",
+        seed: int = 0,
+    ) -> Tensor:
+        """Images (N, C, H, W) in [-1, 1]; the same for the same seed, on the module's device.
+
+        Args:
+            num_samples: N.
+            condition: {"label": int64 (N,)}; None is the null label.
+            sampler: instead of the module's own.
+            guidance, weights: as in `denoiser`.
+            seed: of the noise, which is drawn on the CPU and so the same on every device.
+        """
+        sampler = sampler or self.sampler
+        batches = self.sample_batches(num_samples, condition, sampler, guidance, weights, seed)
+        return torch.cat(list(batches))
+
+    @torch.no_grad()
+    def sample_batches(
+        self,
+        num_samples: int,
+        condition: Condition | None,
+        sampler: Sampler,
+        guidance: Guidance | None = None,
+        weights: str = "online",
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> Iterator[Tensor]:
+        """The images of `sample`, batch by batch; which batch an image is in does not change its noise."""
+        device = next(self.parameters()).device
+        noise = torch.randn(num_samples, *self._noise_shape(), generator=_generator("cpu", seed, "sample"))
+        conditions = _split(self._checked_condition(condition, num_samples), batch_size)
+        for number, (x, part) in enumerate(zip(noise.split(batch_size), conditions, strict=False)):
+            on_device = {name: value.to(device) for name, value in part.items()}
+            generator = _generator(device, seed, "sampler", number)
+            with evaluating(self.network):
+                denoise = self.denoiser(on_device, guidance, weights)
+                drawn = sampler(denoise, x.to(device), self.objective.schedule, generator)
+            images = self.representation.decode(drawn)
+            yield images.clamp(-1, 1) if self.representation.bounded else images
+
+    def _denoise(self, network: nn.Module, condition: Condition, x_t: Tensor, level: NoiseLevel) -> Tensor:
+        return self.objective.denoise(network, x_t, level, condition)
+
+    def _with_weights(self, weights: str) -> nn.Module:
+        values = resolve_weights(weights, self.averages)
+        if values is None:
+            return self.network
+        named = {name.removeprefix("network."): value for name, value in values.items()}
+        _check_names(named, dict(self.network.named_parameters()), weights)
+        return Reweighted(self.network, named)
+
+    def _noise_shape(self) -> tuple[int, ...]:
+        if self.image_shape is None:
+            raise ValueError(
+                f"{type(self.network).__name__} does not say what shape it draws. Give it an attribute "
+                "image_shape = (C, H, W)."
+            )
+        return self.image_shape
+
+    def _checked_condition(self, condition: Condition | None, num_samples: int) -> dict[str, Tensor]:
+        checked = dict(condition or {})
+        for name, value in checked.items():
+            if len(value) != num_samples:
+                raise ValueError(f"Found {len(value)} of condition {name!r}; expected one for each of {num_samples}.")
+        label = checked.get(LABEL)
+        if label is not None and not bool(((label >= 0) & (label <= self.num_classes)).all()):
+            raise ValueError(
+                f"Found labels from {int(label.min())} to {int(label.max())}; expected 0 to {self.num_classes - 1}, "
+                f"or {self.num_classes} for no class."
+            )
+        return checked
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network in eval mode for a while."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
+
+
+def _split(condition: Mapping[str, Tensor], batch_size: int) -> Iterator[dict[str, Tensor]]:
+    if not condition:
+        while True:
+            yield {}
+    for parts in zip(*(value.split(batch_size) for value in condition.values()), strict=True):
+        yield dict(zip(condition, parts, strict=True))
+
+
+def _generator(device: torch.device | str, *parts: object) -> torch.Generator:
+    return torch.Generator(device).manual_seed(hash_seed(*parts))
+
+
+def _check_names(values: Mapping[str, Tensor], own: Mapping[str, Tensor], weights: str) -> None:
+    wrong = [name for name, value in values.items() if name not in own or own[name].shape != value.shape]
+    if wrong:
+        raise ValueError(
+            f"The weights {weights!r} are of another network: {len(wrong)} of {len(values)} tensors do not fit, such "
+            f"as {wrong[0]!r} of shape {tuple(values[wrong[0]].shape)}. Use weights that this network was trained with."
+        )
