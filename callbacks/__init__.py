@@ -2,8 +2,8 @@
 
 if __name__ != "lightning_diffusion.callbacks":
     raise ImportError(
-        "This folder is installed as lightning_diffusion.callbacks: write `import lightning_diffusion.callbacks`. In "
-        "an uninstalled checkout, lightning_diffusion/callbacks must be a symbolic link, not a text file."
+        "This folder is installed as lightning_diffusion.callbacks: import it by that name. In an "
+        "uninstalled checkout, lightning_diffusion/callbacks must be a symbolic link, not a text file."
     )
 
 from lightning_diffusion.callbacks.sample_grid import SampleGrid
