@@ -2,6 +2,14 @@
 
 if __name__ != "lightning_diffusion.datamodules":
     raise ImportError(
-        "This folder is installed as lightning_diffusion.datamodules: write `import lightning_diffusion.datamodules`. In an "
-        "uninstalled checkout the link lightning_diffusion/datamodules must be a symbolic link, not a text file."
+        "This folder is installed as lightning_diffusion.datamodules: write "
+        "`import lightning_diffusion.datamodules`. In an uninstalled checkout the link "
+        "lightning_diffusion/datamodules must be a symbolic link, not a text file."
     )
+
+from lightning_diffusion.datamodules.base import ResumableDataModule
+from lightning_diffusion.datamodules.digits import DigitsDataModule
+from lightning_diffusion.datamodules.gaussian_mixture import GaussianMixtureDataModule
+from lightning_diffusion.datamodules.image_folder import ImageFolderDataModule
+
+__all__ = ["DigitsDataModule", "GaussianMixtureDataModule", "ImageFolderDataModule", "ResumableDataModule"]

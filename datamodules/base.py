@@ -1,0 +1,190 @@
+"""What our datamodules share: batches of one form, and a place in the data that survives stopping.
+
+    {"image": float32 (B, C, H, W) in [-1, 1], "label": int64 (B,)}     label only where there are labels
+
+A dataset gives a whole batch at once (`__getitems__`), so data in memory cost one gather per batch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_diffusion.resume import Place, ResumableSampler, place_of, put_
+
+Batch = dict[str, Tensor]
+
+
+class BatchDataset(Dataset[Batch]):
+    """A dataset that is asked for whole batches."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitems__(self, indices: Sequence[int]) -> Batch: ...
+
+    def __getitem__(self, index: int) -> Batch:
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+
+class InMemory(BatchDataset):
+    """Images in memory, 8-bit or float in [-1, 1], shape (N, C, H, W), with labels (N,) or without."""
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        chosen = torch.as_tensor(indices)
+        batch = {"image": to_unit_range(self.images[chosen])}
+        return batch if self.labels is None else {**batch, "label": self.labels[chosen]}
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """8-bit images to float32 in [-1, 1]; others as they are."""
+    return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """Tells Lightning that it resumes: the Trainer's loops keep the place, where the sampler starts."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing of its own."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
+class Ranks(NamedTuple):
+    """A process among those that train on different data."""
+
+    num_replicas: int
+    rank: int
+
+
+class ResumableDataModule(LightningDataModule):
+    """A datamodule whose run goes on, after any stop, with the very micro-batch that would have come next.
+
+    Subclasses give `training_data()` and `held_out_data()`, `num_classes` and `image_shape`. On resuming, the
+    Trainer's loops are set to the first micro-batch of the accumulation window, whatever the LightningModule.
+    The place is kept in samples of the global batch: another batch size, number of processes or accumulation
+    goes on there, or as little before as divides.
+    """
+
+    value_range: tuple[float, float] | None = (-1.0, 1.0)
+    sampler_class: type[ResumableSampler] = ResumableSampler
+
+    def __init__(self, batch_size: int = 64, num_workers: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"found batch_size={batch_size}, expected at least 1.")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self._stopped: Mapping[str, int] = {}
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """Number of classes, 0 without labels."""
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of an image."""
+
+    @abstractmethod
+    def training_data(self) -> BatchDataset:
+        """What is trained on."""
+
+    @abstractmethod
+    def held_out_data(self) -> BatchDataset:
+        """What is never trained on."""
+
+    def train_dataloader(self) -> ResumableLoader:
+        data = self.training_data()
+        if len(data) < self._global_batch():
+            raise ValueError(
+                f"found {len(data)} training images, expected at least the {self._global_batch()} of one "
+                "batch over all processes: lower batch_size."
+            )
+        sampler = self.sampler_class(data, *self.ranks())
+        place = self._resumed_place(len(sampler) // self.batch_size)
+        sampler.start_at(place.epoch, place.done * self.batch_size)
+        return self._loader(data, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
+        data = self.held_out_data()
+        return self._loader(data) if len(data) else []
+
+    def test_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
+        return self.val_dataloader()
+
+    def _loader(self, data: BatchDataset, **options: Any) -> ResumableLoader:
+        return ResumableLoader(
+            data,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_as_it_is,
+            generator=torch.Generator().manual_seed(0),  # else each iterator would disturb the global one
+            **options,
+        )
+
+    def ranks(self) -> Ranks:
+        """Among how many processes the data are dealt out, and which of them this is."""
+        kwargs = self.trainer and self.trainer.distributed_sampler_kwargs
+        return Ranks(**kwargs) if kwargs else Ranks(1, 0)
+
+    def _global_batch(self) -> int:
+        return self.batch_size * self.ranks().num_replicas
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, micro-batches of it that are done (down to the accumulation window), samples in each."""
+        if self.trainer is None:
+            return {}
+        place = place_of(self.trainer.fit_loop.state_dict(), self.trainer.accumulate_grad_batches)
+        return {"epoch": place.epoch, "batches": place.done, "global_batch": self._global_batch()}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        self._stopped = state_dict
+
+    def _resumed_place(self, batches_per_epoch: int) -> Place:
+        """Where training starts; a resumed Trainer's loops are set to it."""
+        if self.trainer is None or not self.trainer.fit_loop.is_resuming:
+            return Place(0, 0)
+        fit_loop, accumulate = self.trainer.fit_loop.state_dict(), self.trainer.accumulate_grad_batches
+        place = place_of(fit_loop, 1)
+        place = rescale(place, self._stopped.get("global_batch", self._global_batch()), self._global_batch())
+        place = place._replace(done=place.done - place.done % accumulate)
+        place = place if place.done < batches_per_epoch else Place(place.epoch + 1, 0)
+        put_(fit_loop, place)
+        self.trainer.fit_loop.load_state_dict(fit_loop)
+        return place
+
+
+def rescale(place: Place, old_batch: int, new_batch: int) -> Place:
+    """The same place in batches of another size; where it does not divide, as little before as does."""
+    samples = place.done * old_batch
+    if samples % new_batch:
+        warnings.warn(
+            f"The run stopped after {samples} samples of epoch {place.epoch}, in batches of {old_batch}. They "
+            f"do not divide into batches of {new_batch}: {samples % new_batch} are trained on again.",
+            stacklevel=2,
+        )
+    return Place(place.epoch, samples // new_batch)
