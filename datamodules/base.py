@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -80,13 +81,16 @@ class Ranks(NamedTuple):
 class ResumableDataModule(LightningDataModule):
     """A datamodule whose run goes on, after any stop, with the very micro-batch that would have come next.
 
-    Subclasses give `training_data()` and `held_out_data()`, `num_classes` and `image_shape`. On resuming, the
-    Trainer's loops are set to the first micro-batch of the accumulation window, whatever the LightningModule.
-    The place is kept in samples of the global batch: another batch size, number of processes or accumulation
-    goes on there, or as little before as divides.
+    Subclasses give `training_data()`, `held_out_data()`, `num_classes` and `image_shape`. When a run is
+    resumed, the Trainer's loops are set to the first micro-batch of the accumulation window, whatever the
+    LightningModule. The place is kept in samples of the global batch: a run with another batch size,
+    accumulation or number of processes goes on there, or as little before as divides.
+
+    Args:
+        batch_size: images per process and micro-batch.
+        num_workers: processes that load batches; 0 is fastest for data in memory.
     """
 
-    value_range: tuple[float, float] | None = (-1.0, 1.0)
     sampler_class: type[ResumableSampler] = ResumableSampler
 
     def __init__(self, batch_size: int = 64, num_workers: int = 0) -> None:
@@ -95,7 +99,7 @@ class ResumableDataModule(LightningDataModule):
             raise ValueError(f"found batch_size={batch_size}, expected at least 1.")
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self._stopped: Mapping[str, int] = {}
+        self._place = Place(0, 0)
 
     @property
     @abstractmethod
@@ -123,8 +127,7 @@ class ResumableDataModule(LightningDataModule):
                 "batch over all processes: lower batch_size."
             )
         sampler = self.sampler_class(data, *self.ranks())
-        place = self._resumed_place(len(sampler) // self.batch_size)
-        sampler.start_at(place.epoch, place.done * self.batch_size)
+        sampler.start_at(self._place.epoch, self._place.done * self.batch_size)
         return self._loader(data, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
@@ -132,6 +135,9 @@ class ResumableDataModule(LightningDataModule):
         return self._loader(data) if len(data) else []
 
     def test_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
         return self.val_dataloader()
 
     def _loader(self, data: BatchDataset, **options: Any) -> ResumableLoader:
@@ -142,7 +148,7 @@ class ResumableDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=_as_it_is,
-            generator=torch.Generator().manual_seed(0),  # else each iterator would disturb the global one
+            generator=torch.Generator().manual_seed(0),  # else each iterator draws from the global one
             **options,
         )
 
@@ -155,27 +161,31 @@ class ResumableDataModule(LightningDataModule):
         return self.batch_size * self.ranks().num_replicas
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, micro-batches of it that are done (down to the accumulation window), samples in each."""
+        """Epoch, micro-batches of it that are done, down to an accumulation window, and samples in each."""
         if self.trainer is None:
             return {}
         place = place_of(self.trainer.fit_loop.state_dict(), self.trainer.accumulate_grad_batches)
         return {"epoch": place.epoch, "batches": place.done, "global_batch": self._global_batch()}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        self._stopped = state_dict
+        """Go on at the place in the checkpoint being loaded, and set its loops, restored later, to it."""
+        trainer = self.trainer
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        saved = Place(state_dict["epoch"], state_dict["batches"])
+        place = self._in_own_batches(saved, state_dict["global_batch"])
+        self._place = place._replace(done=place.done - place.done % trainer.accumulate_grad_batches)
+        put_(trainer._checkpoint_connector._loaded_checkpoint["loops"]["fit_loop"], self._place)
 
-    def _resumed_place(self, batches_per_epoch: int) -> Place:
-        """Where training starts; a resumed Trainer's loops are set to it."""
-        if self.trainer is None or not self.trainer.fit_loop.is_resuming:
-            return Place(0, 0)
-        fit_loop, accumulate = self.trainer.fit_loop.state_dict(), self.trainer.accumulate_grad_batches
-        place = place_of(fit_loop, 1)
-        place = rescale(place, self._stopped.get("global_batch", self._global_batch()), self._global_batch())
-        place = place._replace(done=place.done - place.done % accumulate)
-        place = place if place.done < batches_per_epoch else Place(place.epoch + 1, 0)
-        put_(fit_loop, place)
-        self.trainer.fit_loop.load_state_dict(fit_loop)
-        return place
+    def _in_own_batches(self, place: Place, old_batch: int) -> Place:
+        if old_batch == self._global_batch():
+            return place
+        place = rescale(place, old_batch, self._global_batch())
+        whole_epoch = len(self.training_data()) // self._global_batch()
+        return place if place.done < whole_epoch else Place(place.epoch + 1, 0)
+
+    def teardown(self, stage: str) -> None:
+        self._place = Place(0, 0)
 
 
 def rescale(place: Place, old_batch: int, new_batch: int) -> Place:
@@ -183,8 +193,8 @@ def rescale(place: Place, old_batch: int, new_batch: int) -> Place:
     samples = place.done * old_batch
     if samples % new_batch:
         warnings.warn(
-            f"The run stopped after {samples} samples of epoch {place.epoch}, in batches of {old_batch}. They "
-            f"do not divide into batches of {new_batch}: {samples % new_batch} are trained on again.",
+            f"The run stopped after {samples} samples of epoch {place.epoch} in batches of {old_batch}: they "
+            f"do not divide into batches of {new_batch}, and {samples % new_batch} are trained on again.",
             stacklevel=2,
         )
     return Place(place.epoch, samples // new_batch)

@@ -61,6 +61,8 @@ class MixtureStream(BatchDataset):
 class GaussianMixtureDataModule(ResumableDataModule):
     """Fresh samples of a Gaussian mixture in every epoch, and always the same held-out ones.
 
+    They are not confined to [-1, 1]: give the module `representation=Identity(bounded=False)`.
+
     Args:
         mixture: in D dimensions.
         batch_size: samples per process and micro-batch.
@@ -71,7 +73,6 @@ class GaussianMixtureDataModule(ResumableDataModule):
         num_workers: 0 is fastest.
     """
 
-    value_range = None
     sampler_class = StreamSampler
 
     def __init__(
