@@ -6,6 +6,8 @@ if __name__ != "lightning_diffusion.callbacks":
         "uninstalled checkout, lightning_diffusion/callbacks must be a symbolic link, not a text file."
     )
 
+from lightning_diffusion.callbacks.ema import EMA, PowerFunctionEMA
 from lightning_diffusion.callbacks.sample_grid import SampleGrid
+from lightning_diffusion.callbacks.save_on_signal import SaveOnSignal
 
-__all__ = ["SampleGrid"]
+__all__ = ["EMA", "PowerFunctionEMA", "SampleGrid", "SaveOnSignal"]

@@ -144,5 +144,5 @@ class HalfLife(Profile):
             raise ValueError(f"{self!r}: both must be positive; write rampup=inf for no ramp.")
 
     def beta(self, t: Scalar, dt: Scalar) -> Scalar:
-        halflife = _at_most(_at_least(self.rampup * (t - dt), 1e-8), self.images)
+        halflife = _at_most(self.rampup * _at_least(t - dt, 1e-8), self.images)
         return 0.5 ** (dt / halflife)

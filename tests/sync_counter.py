@@ -1,7 +1,8 @@
 """Count what would make the host wait for the accelerator, on a machine that has none.
 
-Reading a number (`.item()`, `bool()`, `float()`) and shapes that depend on data (`nonzero`, boolean masks) are
-seen as operators; `.tolist()`, `.numpy()`, `.cpu()` and printing, which read CPU memory directly, as Python calls.
+Reading a number (`.item()`, `bool()`, `float()`) and shapes that depend on data (`nonzero`, boolean masks)
+are seen as operators; `.tolist()`, `.numpy()`, `.cpu()` and printing, which read CPU memory directly, as
+Python calls.
 """
 
 from __future__ import annotations
