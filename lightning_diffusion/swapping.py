@@ -76,9 +76,11 @@ class Swap:
         self._hook = None
         if swapped:
             register = self.module.register_state_dict_post_hook
-            self._hook = register(self._give_online)  # type: ignore[no-untyped-call]
+            self._hook = register(lambda *args: self._give_online(*args))  # type: ignore[no-untyped-call]
 
     def _give_online(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: object) -> None:
+        if module is not self.module:
+            return
         names = {parameter: name for name, parameter in module.named_parameters()}
         for alias, parameter in module.named_parameters(remove_duplicate=False):
             if prefix + alias in state_dict and names[parameter] in self._online:
