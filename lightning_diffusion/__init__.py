@@ -30,7 +30,7 @@ _PUBLIC = {
         "WarmupInverseSquareRoot",
         "WarmupLinear",
     ],
-    "sampling": ["DDIM", "Ancestral", "Euler", "Heun", "Sampler"],
+    "sampling": ["DDIM", "Ancestral", "Churn", "Euler", "Heun", "Sampler"],
     "guidance": ["ClassifierFree", "Guidance"],
     "module": ["DiffusionModule"],
     "resume": ["RandomKey", "ResumableSampler"],

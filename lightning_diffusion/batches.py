@@ -22,7 +22,11 @@ def unpack(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """
     if isinstance(batch, Tensor):
         return batch, {}
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+    if (
+        isinstance(batch, (tuple, list))
+        and len(batch) == 2
+        and all(isinstance(part, Tensor) for part in batch)
+    ):
         return batch[0], {LABEL: batch[1]}
     if isinstance(batch, Mapping) and isinstance(batch.get("image"), Tensor):
         return batch["image"], {name: part for name, part in batch.items() if name != "image"}
@@ -50,5 +54,7 @@ def _describe(batch: Any) -> str:
     if isinstance(batch, Mapping):
         return f"a dict with the keys {sorted(map(str, batch))}"
     if isinstance(batch, (tuple, list)):
-        return f"a {type(batch).__name__} of {len(batch)} ({', '.join(type(part).__name__ for part in batch)})"
+        return (
+            f"a {type(batch).__name__} of {len(batch)} ({', '.join(type(part).__name__ for part in batch)})"
+        )
     return type(batch).__name__

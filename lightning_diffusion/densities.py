@@ -51,7 +51,8 @@ class LogNormalSigma(Density):
             raise ValueError(f"Found {self}; expected std > 0.")
 
     def quantile(self, u: Tensor, schedule: Schedule) -> Tensor:
-        return -2 * (self.mean + self.std * torch.special.ndtri(u))
+        normal: Tensor = torch.special.ndtri(u)
+        return -2 * (self.mean + self.std * normal)
 
     def log_prob(self, log_snr: Tensor, schedule: Schedule) -> Tensor:
         z = (log_snr / -2 - self.mean) / self.std

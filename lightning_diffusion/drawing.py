@@ -102,7 +102,7 @@ class Drawing(nn.Module):
         device = next(self.parameters()).device
         noise = torch.randn(num_samples, *self._noise_shape(), generator=_generator("cpu", seed, "sample"))
         conditions = _split(self._checked_condition(condition, num_samples), batch_size)
-        for number, (x, part) in enumerate(zip(noise.split(batch_size), conditions, strict=False)):
+        for number, (x, part) in enumerate(zip(torch.split(noise, batch_size), conditions, strict=False)):
             on_device = {name: value.to(device) for name, value in part.items()}
             generator = _generator(device, seed, "sampler", number)
             with evaluating(self.network):
@@ -134,7 +134,9 @@ class Drawing(nn.Module):
         checked = dict(condition or {})
         for name, value in checked.items():
             if len(value) != num_samples:
-                raise ValueError(f"Found {len(value)} of condition {name!r}; expected one for each of {num_samples}.")
+                raise ValueError(
+                    f"Found {len(value)} of condition {name!r}; expected one for each of {num_samples}."
+                )
         label = checked.get(LABEL)
         if label is not None and not bool(((label >= 0) & (label <= self.num_classes)).all()):
             raise ValueError(
@@ -159,7 +161,7 @@ def _split(condition: Mapping[str, Tensor], batch_size: int) -> Iterator[dict[st
     if not condition:
         while True:
             yield {}
-    for parts in zip(*(value.split(batch_size) for value in condition.values()), strict=True):
+    for parts in zip(*(torch.split(value, batch_size) for value in condition.values()), strict=True):
         yield dict(zip(condition, parts, strict=True))
 
 

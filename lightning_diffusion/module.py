@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -122,7 +121,7 @@ class DiffusionModule(Drawing, L.LightningModule):
 
     def on_train_start(self) -> None:
         """The configured optimizer settings win over those that a checkpoint has just restored."""
-        (scheduler,) = (config.scheduler for config in self.trainer.lr_scheduler_configs)
+        scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
         scheduler.base_lrs = [float(configured["lr"]) for configured in self._configured]
         (optimizer,) = self.trainer.optimizers
         for group, configured, factor in zip(
@@ -192,13 +191,17 @@ class DiffusionModule(Drawing, L.LightningModule):
 
     @property
     def _logs_this_step(self) -> bool:
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        return (self.trainer.global_step + 1) % self._log_every == 0
+
+    @property
+    def _log_every(self) -> int:
+        return int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
     def _keep(self, report: Report, starts_step: bool) -> None:
         """Remember the report, and log the mean loss since the last logging step: no host synchronisation."""
         if starts_step:
             self._reports.clear()
-        if starts_step and self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        if starts_step and self.trainer.global_step % self._log_every == 0:
             self._logged = None
         self._reports.append(report)
         pair = torch.stack([report.loss, torch.ones_like(report.loss)])
@@ -207,7 +210,7 @@ class DiffusionModule(Drawing, L.LightningModule):
             self.log("train/loss", self._logged[0] / self._logged[1], sync_dist=True, prog_bar=True)
 
     def _training_images(self) -> Iterator[Tensor]:
-        datamodule = self.trainer.datamodule
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         loader = datamodule.train_dataloader() if datamodule else self._train_loader()
         return (unpack(batch)[0].to(self.device) for batch in loader)
 

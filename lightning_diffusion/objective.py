@@ -82,7 +82,12 @@ class DiffusionObjective(Recorded, nn.Module):
         return level, torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
 
     def loss_at(
-        self, network: nn.Module, x0: Tensor, noise: Tensor, level: NoiseLevel, condition: Condition | None = None
+        self,
+        network: nn.Module,
+        x0: Tensor,
+        noise: Tensor,
+        level: NoiseLevel,
+        condition: Condition | None = None,
     ) -> Report:
         """The loss with levels and noise given: traceable by torch.compile, no host synchronisation."""
         x0 = at_least_float32(x0)
@@ -101,7 +106,9 @@ class DiffusionObjective(Recorded, nn.Module):
 
     def weight(self, level: NoiseLevel) -> Tensor:
         """The weight on the network's own squared error, carried from the space that it is stated in, shape (B,)."""
-        ratio = self._determinant(self.weighting.space, level) / self.preconditioning.output_determinant(level)
+        ratio = self._determinant(self.weighting.space, level) / self.preconditioning.output_determinant(
+            level
+        )
         return self.weighting(level, self._setting) * ratio**2
 
     @property

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -53,17 +52,17 @@ class Timestep(NoiseCoordinate):
     """c_noise = index of the nearest table entry, 0..T-1, as a float; exact at zero terminal SNR too."""
 
     schedule: DiscreteSchedule
+    _borders: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        entries = self.schedule.at(self.schedule.log_snrs)
+        angles = torch.atan2(entries.sigma, entries.alpha)
+        object.__setattr__(self, "_borders", ((angles[1:] + angles[:-1]) / 2).float())
 
     def __call__(self, level: NoiseLevel) -> Tensor:
         angle = torch.atan2(level.sigma, level.alpha)
-        return torch.searchsorted(_angle_borders(self.schedule, angle.device), angle.float()).to(angle.dtype)
-
-
-@lru_cache
-def _angle_borders(schedule: DiscreteSchedule, device: torch.device) -> Tensor:
-    level = schedule.at(schedule.log_snrs)
-    angles = torch.atan2(level.sigma, level.alpha)
-    return ((angles[1:] + angles[:-1]) / 2).float().to(device)
+        borders = self._borders.to(angle.device, non_blocking=True)
+        return torch.searchsorted(borders, angle.float()).to(angle.dtype)
 
 
 class Preconditioning(ABC):
@@ -126,12 +125,15 @@ class EDMPreconditioning(Preconditioning):
 
     def residual(self, x0: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
         sd, scale = self.sigma_data, level.variance(self.sigma_data).rsqrt()
-        return per_sample(level.sigma * scale / sd, x0) * x0 - per_sample(level.alpha * sd * scale, x0) * noise
+        return (
+            per_sample(level.sigma * scale / sd, x0) * x0 - per_sample(level.alpha * sd * scale, x0) * noise
+        )
 
     def to_x0(self, output: Tensor, x_t: Tensor, level: NoiseLevel) -> Tensor:
         sd, V = self.sigma_data, level.variance(self.sigma_data)
         return (
-            per_sample(level.alpha * sd**2 / V, x_t) * x_t + per_sample(level.sigma * sd * V.rsqrt(), x_t) * output
+            per_sample(level.alpha * sd**2 / V, x_t) * x_t
+            + per_sample(level.sigma * sd * V.rsqrt(), x_t) * output
         )
 
     def output_determinant(self, level: NoiseLevel) -> Tensor:
@@ -182,4 +184,6 @@ class DDPMPreconditioning(Preconditioning):
 
 def _check_sigma_data(sigma_data: float) -> None:
     if not sigma_data > 0:
-        raise ValueError(f"Found sigma_data={sigma_data}; expected the standard deviation of the data, above 0.")
+        raise ValueError(
+            f"Found sigma_data={sigma_data}; expected the standard deviation of the data, above 0."
+        )

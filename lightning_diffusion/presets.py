@@ -5,7 +5,13 @@ from __future__ import annotations
 from lightning_diffusion.densities import Density, LogNormalSigma, UniformTime
 from lightning_diffusion.objective import DiffusionObjective
 from lightning_diffusion.preconditioning import DDPMPreconditioning, EDMPreconditioning, Timestep
-from lightning_diffusion.schedules import CosineSchedule, DiscreteSchedule, EDMSchedule, LinearSchedule, Schedule
+from lightning_diffusion.schedules import (
+    CosineSchedule,
+    DiscreteSchedule,
+    EDMSchedule,
+    LinearSchedule,
+    Schedule,
+)
 from lightning_diffusion.targets import Epsilon, Target, V
 from lightning_diffusion.weightings import Constant, EDMWeighting, Weighting
 

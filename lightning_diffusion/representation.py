@@ -84,8 +84,10 @@ class Standardize(Representation):
     ) -> None:
         super().__init__()
         if (mean is None) != (std is None) or (std is not None and min(std) <= 0):
-            raise ValueError(f"Found mean={mean}, std={std}; expected both with std > 0, or neither to measure them.")
-        self.sigma_data = sigma_data
+            raise ValueError(
+                f"Found mean={mean}, std={std}; expected both with std > 0, or neither to measure them."
+            )
+        self.sigma_data = self._deviation = sigma_data
         self.num_images = num_images
         self.register_buffer("mean", torch.tensor(mean if mean is not None else [torch.nan]))
         self.register_buffer("std", torch.tensor(std if std is not None else [torch.nan]))
@@ -95,10 +97,10 @@ class Standardize(Representation):
         return bool(self.std.isnan().any())
 
     def encode(self, images: Tensor) -> Tensor:
-        return (images - _per_channel(self.mean, images)) * _per_channel(self.sigma_data / self.std, images)
+        return (images - _per_channel(self.mean, images)) * _per_channel(self._deviation / self.std, images)
 
     def decode(self, x: Tensor) -> Tensor:
-        return x * _per_channel(self.std / self.sigma_data, x) + _per_channel(self.mean, x)
+        return x * _per_channel(self.std / self._deviation, x) + _per_channel(self.mean, x)
 
     def measure(self, batches: Iterable[Tensor]) -> None:
         count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
@@ -121,7 +123,7 @@ class Standardize(Representation):
         for name in ("mean", "std"):
             if (saved := state_dict.get(prefix + name)) is not None:
                 setattr(self, name, torch.empty_like(saved, device=self.std.device))
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _per_channel(coefficient: Tensor, x: Tensor) -> Tensor:

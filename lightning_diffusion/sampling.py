@@ -166,7 +166,7 @@ def _churned(
     process: Process, x: Tensor, level: NoiseLevel, churn: Churn, num_steps: int
 ) -> tuple[Tensor, NoiseLevel]:
     gamma = min(churn.amount / num_steps, math.sqrt(2) - 1)
-    if gamma == 0 or not churn.sigma_min <= level.sigma / level.alpha <= churn.sigma_max:
+    if gamma == 0 or level.alpha == 0 or not churn.sigma_min <= level.sigma / level.alpha <= churn.sigma_max:
         return x, level
     raised = process.schedule.at(level.log_snr - 2 * math.log1p(gamma))
     scale = raised.alpha / level.alpha

@@ -164,7 +164,9 @@ class DiscreteSchedule(VariancePreserving):
     def sampling_times(self, num_steps: int) -> Tensor:
         """Evenly spaced entries ending with the last ("trailing", as Lin et al. 2024 advise), at their centres."""
         if num_steps > self.num_steps:
-            raise ValueError(f"Found {num_steps} sampling steps; expected at most the {self.num_steps} of {self}.")
+            raise ValueError(
+                f"Found {num_steps} sampling steps; expected at most the {self.num_steps} of {self}."
+            )
         last = torch.arange(num_steps, 0, -1) * self.num_steps / num_steps
         return (last.round().double() - 0.5) / self.num_steps
 

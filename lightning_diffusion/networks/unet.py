@@ -42,7 +42,9 @@ class UNet(Network):
         widths = [channels * m for m in multipliers]
         features = 4 * channels
         self.noise = NoiseEmbedding(channels)
-        self.embedding = nn.Sequential(nn.Linear(channels, features), nn.SiLU(), nn.Linear(features, features))
+        self.embedding = nn.Sequential(
+            nn.Linear(channels, features), nn.SiLU(), nn.Linear(features, features)
+        )
         self.label = LabelEmbedding(num_classes, features) if num_classes else None
         self.stem = nn.Conv2d(self.image_shape[0], widths[0], 3, padding=1)
 
@@ -120,7 +122,8 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, -1, height * width)
         q, k, v = qkv.transpose(-1, -2).unbind(1)
         h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape)
-        return (x + self.proj(h)) * math.sqrt(0.5)
+        projected: Tensor = self.proj(h)
+        return (x + projected) * math.sqrt(0.5)
 
 
 class Downsample(nn.Module):
@@ -144,7 +147,9 @@ def resize_to(x: Tensor, skip: Tensor) -> Tensor:
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """Group norm with groups of at least four channels, at most 32 groups."""
-    return nn.GroupNorm(max(g for g in range(1, min(32, max(channels // 4, 1)) + 1) if channels % g == 0), channels)
+    return nn.GroupNorm(
+        max(g for g in range(1, min(32, max(channels // 4, 1)) + 1) if channels % g == 0), channels
+    )
 
 
 def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
