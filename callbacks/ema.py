@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
 
-from lightning_diffusion.averager import ModelAverages, parameters_to_average
+from lightning_diffusion.averager import ModelAverages, parameters_to_average, state_of_weight_averaging
 from lightning_diffusion.averaging import STATE_KEY, Averages
 from lightning_diffusion.profiles import FixedDecay, PowerFunction, Profile
 from lightning_diffusion.swapping import Swap
@@ -199,6 +199,16 @@ class EMA(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on from a checkpoint of Lightning's own WeightAveraging, whose `state_dict` is the average."""
+        if {"averaging_state", "current_model_state"} <= checkpoint.keys():
+            pl_module.load_state_dict(checkpoint["current_model_state"])
+            (name, profile), *_ = self.profiles.items()
+            parameters = parameters_to_average(pl_module, self.only)
+            self._loaded = state_of_weight_averaging(checkpoint, name, profile, parameters)
 
 
 class PowerFunctionEMA(EMA):

@@ -128,6 +128,21 @@ def parameters_to_average(module: nn.Module, only: list[str] | None = None) -> d
     return chosen
 
 
+def state_of_weight_averaging(
+    checkpoint: Mapping[str, Any], name: str, profile: Profile, parameters: Mapping[str, Tensor]
+) -> dict[str, Any] | None:
+    """The average `name` from a checkpoint of Lightning's own WeightAveraging; None before its first update."""
+    if int(checkpoint["averaging_state"]["n_averaged"]) == 0:
+        return None
+    step = checkpoint["global_step"]
+    clock = {"steps": step, "elapsed": float(step), "stride": 1.0, "skipped": 0.0, "kept": 1.0, "block": None}
+    return {
+        "averages": {name: {key: checkpoint["state_dict"][key] for key in parameters}},
+        "clocks": {name: [dict(clock) for _ in checkpoint["optimizer_states"]]},
+        "profiles": {name: repr(profile)},
+    }
+
+
 def _trainable(module: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter

@@ -26,7 +26,7 @@ def points(count: int = 24, batch: int = 4) -> DataLoader:
 
 
 class Classifier(L.LightningModule):
-    """Batch norm, a frozen layer, a shared weight, no hyperparameters; notes which weights it was evaluated with."""
+    """Batch norm, a frozen layer, a shared weight; notes which weights it is evaluated with."""
 
     def __init__(self) -> None:
         super().__init__()

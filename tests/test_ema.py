@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from foreign import QUIET, Classifier, fit, points
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from sync_counter import SyncCounter
 from torch import nn
@@ -423,6 +423,36 @@ def test_changed_profiles_are_named(tmp_path):
     said = " ".join(str(w.message) for w in warned)
     assert "was FixedDecay(decay=0.9) and goes on as PowerFunction(sigma_rel=0.1" in said
     assert "no average 'new': it begins anew" in said
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_a_run_with_lightnings_own_averaging_goes_on_as_if_it_had_been_ours(tmp_path):
+    def lightnings():
+        return EMAWeightAveraging(decay=0.9, use_buffers=False), checkpointing(
+            tmp_path, every_n_train_steps=6
+        )
+
+    fit(Classifier(), *lightnings(), enable_checkpointing=True, max_steps=6)
+    resumed, ema = Classifier(), EMA(0.9)
+    fit(resumed, ema, max_steps=18, ckpt_path=tmp_path / "step=6.ckpt")
+    straight, theirs = Classifier(), EMAWeightAveraging(decay=0.9, use_buffers=False)
+    fit(straight, theirs, max_steps=18)
+    assert_close(
+        averages(ema), {name: p.detach() for name, p in straight.named_parameters() if name in NAMES}
+    )
+    plain = Classifier()
+    fit(plain, max_steps=18)
+    assert same(resumed.state_dict(), plain.state_dict())
+    assert ema.state_dict()["clocks"]["ema"][0]["steps"] == 18
+
+
+def test_lightnings_own_averaging_before_its_start_brings_no_average(tmp_path):
+    delayed = EMAWeightAveraging(decay=0.9, update_starting_at_step=1000)
+    saving = checkpointing(tmp_path, every_n_train_steps=6)
+    fit(Classifier(), delayed, saving, enable_checkpointing=True, max_steps=6)
+    resumed, ema = Classifier(), EMA(0.0)
+    fit(resumed, ema, max_steps=7, ckpt_path=tmp_path / "step=6.ckpt")
+    assert same(averages(ema), {name: p for name, p in online(resumed).items() if name in NAMES})
 
 
 def test_half_lives_count_images():
