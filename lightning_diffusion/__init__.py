@@ -35,6 +35,8 @@ _PUBLIC = {
     "module": ["DiffusionModule"],
     "resume": ["RandomKey", "ResumableSampler"],
     "io": ["AtomicCheckpointIO"],
+    "averaging": ["load_averaged"],
+    "profiles": ["FixedDecay", "HalfLife", "InverseGamma", "PowerFunction", "Profile", "RatioWarmup"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -1,12 +1,15 @@
-"""A project that is not ours: a classifier on Lightning, to which callbacks are given."""
+"""A project that is not ours: a classifier on Lightning, to which callbacks are given; what tests ask of it."""
 
 from __future__ import annotations
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_diffusion.callbacks import EMA
 
 QUIET = {
     "accelerator": "cpu",
@@ -66,3 +69,38 @@ def fit(module: L.LightningModule, *callbacks: L.Callback, loader: DataLoader | 
     trainer = L.Trainer(callbacks=list(callbacks), **settings)
     trainer.fit(module, loader or points(), points(8), ckpt_path=ckpt_path)
     return trainer
+
+
+class NaiveEMA(L.Callback):
+    """The definition, written as a loop over tensors, after every batch that moved the weights."""
+
+    def __init__(self, decay: float = 0.9) -> None:
+        self.decay, self.steps = decay, 0
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        self.average = {n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad}
+        self.last = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        now = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
+        if any(not torch.equal(now[n], self.last[n]) for n in self.average):
+            self.steps += 1
+            for name, average in self.average.items():
+                average.mul_(self.decay).add_(now[name], alpha=1 - self.decay)
+        self.last = now
+
+
+def online(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def averages(ema: EMA, name: str = "ema") -> dict[str, torch.Tensor]:
+    return ema.state_dict()["averages"][name]
+
+
+def checkpointing(path, **options) -> ModelCheckpoint:
+    return ModelCheckpoint(dirpath=path, filename="{step}", save_top_k=-1, **options)
