@@ -39,10 +39,10 @@ class MixtureStream(BatchDataset):
         return self.size
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        number = torch.as_tensor(indices)
-        blocks = number.div(BLOCK, rounding_mode="floor")
-        parts = [self._choose(number[blocks == block], block) for block in sorted(set(blocks.tolist()))]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        numbers, order = torch.as_tensor(indices).sort()
+        blocks = numbers.div(BLOCK, rounding_mode="floor")
+        parts = [self._choose(numbers[blocks == block], block) for block in sorted(set(blocks.tolist()))]
+        return {name: torch.cat([part[name] for part in parts])[order.argsort()] for name in parts[0]}
 
     def _choose(self, number: Tensor, block: int) -> Batch:
         if self._kept[0] != block:
