@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -77,7 +78,7 @@ class DiffusionModule(Drawing, L.LightningModule):
         images, condition = self._prepare("train", batch)
         if LABEL in condition and self.label_dropout:
             condition[LABEL] = drop_labels(condition[LABEL], self.num_classes, self.label_dropout, key)
-        report = self.objective.loss(self.network, self.representation.encode(images), condition, key)
+        report = self._loss(images, condition, key)
         self._keep(report.detach(), starts_step=batch_idx % key.accumulate == 0)
         return report.loss
 
@@ -161,7 +162,7 @@ class DiffusionModule(Drawing, L.LightningModule):
         key = RandomKey(
             hash_seed(stage), batch=batch_idx, rank=self.global_rank, world_size=self.trainer.world_size
         )
-        loss = self.objective.loss(self.network, self.representation.encode(images), condition, key).loss
+        loss = self._loss(images, condition, key).loss
         self.log(f"{stage}/loss", loss, batch_size=len(images), sync_dist=True, prog_bar=True)
         return loss
 
@@ -170,20 +171,27 @@ class DiffusionModule(Drawing, L.LightningModule):
         images = images if images.dtype == torch.float64 else images.float()
         if stage not in self._checked or (stage == "train" and self._logs_this_step):
             self._checked.add(stage)
-            self._check_labels(condition)
-            label = condition.get(LABEL) if LABEL in self._conditions else None
-            value_range = (-1.0, 1.0) if self.representation.bounded else None
-            check_images(images, label, self.num_classes, self.image_shape, value_range)
+            self._check(images, condition)
         return images, {name: condition[name] for name in condition if name in self._conditions}
 
-    def _check_labels(self, condition: dict[str, Tensor]) -> None:
+    def _loss(self, images: Tensor, condition: dict[str, Tensor], key: RandomKey) -> Report:
+        try:
+            return self.objective.loss(self.network, self.representation.encode(images), condition, key)
+        except IndexError:  # a label beyond the embedding, in a batch that was not checked
+            self._check(images, condition)
+            raise
+
+    def _check(self, images: Tensor, condition: dict[str, Tensor]) -> None:
         if LABEL in condition and LABEL not in self._conditions and self.label_dropout < 1:
             raise ValueError(
                 f"The batch has labels, but {type(self.network).__name__} takes none. Give the network num_classes "
                 "(in YAML, network.init_args.num_classes: 10), or set label_dropout: 1.0 to train without labels."
             )
+        label = condition.get(LABEL) if LABEL in self._conditions else None
+        value_range = (-1.0, 1.0) if self.representation.bounded else None
+        check_images(images, label, self.num_classes, self.image_shape, value_range)
 
-    @property
+    @cached_property
     def _conditions(self) -> set[str]:
         declared = declared_conditions(self.network)
         unlabelled = getattr(self.network, "num_classes", None) == 0 or self.label_dropout >= 1

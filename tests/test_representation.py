@@ -1,0 +1,55 @@
+"""Representations: what they put out, that they come back, and what is saved."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import lightning_diffusion as ld
+
+
+@pytest.fixture
+def images():
+    """Two channels of very different mean and deviation."""
+    x = torch.randn(500, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    return x * torch.tensor([0.1, 0.4]).view(2, 1, 1) + torch.tensor([-0.7, 0.2]).view(2, 1, 1)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_standardised_data_have_zero_mean_and_the_deviation_asked_for(images, sigma_data):
+    representation = ld.Standardize(sigma_data=sigma_data)
+    assert representation.needs_measuring
+    representation.measure(images.split(64))
+    assert not representation.needs_measuring
+    x = representation.encode(images).transpose(0, 1).flatten(1)
+    assert_close(x.mean(1), torch.zeros(2), rtol=0, atol=1e-5)
+    assert_close(x.std(1), torch.full((2,), sigma_data), rtol=1e-3, atol=0)
+
+
+def test_decode_undoes_encode(images):
+    for representation in (ld.Identity(), ld.Standardize([-0.7, 0.2], [0.1, 0.4])):
+        assert_close(representation.decode(representation.encode(images)), images)
+
+
+def test_measured_numbers_are_saved(images):
+    measured, fresh = ld.Standardize(), ld.Standardize()
+    measured.measure([images])
+    fresh.load_state_dict(measured.state_dict())
+    assert not fresh.needs_measuring
+    assert torch.equal(fresh.encode(images), measured.encode(images))
+
+
+def test_measuring_stops_after_enough_images(images):
+    def batches():
+        yield images[:100]
+        raise AssertionError("a second batch was read")
+
+    ld.Standardize(num_images=100).measure(batches())
+
+
+def test_bad_arguments_are_named(images):
+    with pytest.raises(ValueError, match="expected both"):
+        ld.Standardize(mean=[0.0])
+    with pytest.raises(ValueError, match="std > 0"):
+        ld.Standardize([0.0], [0.0])
+    with pytest.raises(ValueError, match="Constant channels"):
+        ld.Standardize().measure([torch.ones(4, 2, 3, 3)])
