@@ -6,8 +6,9 @@ if __name__ != "lightning_diffusion.callbacks":
         "uninstalled checkout, lightning_diffusion/callbacks must be a symbolic link, not a text file."
     )
 
-from lightning_diffusion.callbacks.ema import EMA, PowerFunctionEMA
+from lightning_diffusion.callbacks.ema import EMA
+from lightning_diffusion.callbacks.power_function_ema import PostHocEMA, PowerFunctionEMA
 from lightning_diffusion.callbacks.sample_grid import SampleGrid
 from lightning_diffusion.callbacks.save_on_signal import SaveOnSignal
 
-__all__ = ["EMA", "PowerFunctionEMA", "SampleGrid", "SaveOnSignal"]
+__all__ = ["EMA", "PostHocEMA", "PowerFunctionEMA", "SampleGrid", "SaveOnSignal"]

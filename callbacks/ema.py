@@ -7,20 +7,27 @@ the callback's own state, as float32 tensors by parameter name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]
+    rank_zero_info,
+    rank_zero_warn,
+)
 from torch import Tensor
 
 from lightning_diffusion.averager import ModelAverages, parameters_to_average, state_of_weight_averaging
 from lightning_diffusion.averaging import STATE_KEY, Averages
-from lightning_diffusion.profiles import FixedDecay, PowerFunction, Profile
+from lightning_diffusion.profiles import FixedDecay, Profile
+from lightning_diffusion.recorder import Recorder, Snapshots, new_run, widths_of
+from lightning_diffusion.snapshots import Place, network_hash
 from lightning_diffusion.swapping import Swap
 
 
@@ -41,6 +48,7 @@ class EMA(Callback):
         start_step: optimizer steps before which the average is simply the weights.
         only: patterns of the parameters' names, such as ["generator.*"]; if not given all trainable ones, or
             those of the module's `averaged_parameters()`.
+        snapshots: keeps power-function averages on disk, to rebuild one of any width after training.
     """
 
     def __init__(
@@ -49,6 +57,7 @@ class EMA(Callback):
         every_n_steps: int = 1,
         start_step: int = 0,
         only: list[str] | None = None,
+        snapshots: Snapshots | None = None,
     ) -> None:
         if every_n_steps < 1 or start_step < 0:
             raise ValueError(
@@ -56,6 +65,9 @@ class EMA(Callback):
             )
         self.profiles = _by_name(decay)
         self.every_n_steps, self.start_step, self.only = every_n_steps, start_step, only
+        self.snapshots, self._widths = snapshots, widths_of(self.profiles) if snapshots else {}
+        self._recorder: Recorder | None = None
+        self._record: dict[str, Any] = {}
         self._running: ModelAverages | None = None
         self._module: LightningModule | None = None
         self._loaded: dict[str, Any] | None = None
@@ -102,6 +114,8 @@ class EMA(Callback):
         if self._running is not None:
             self._running.stop()
             self._continue(self._running, running, pl_module)
+        if pl_module is not self._module:
+            self._record = {}
         self._running, self._module, self._global_step = running, pl_module, trainer.global_step
         self._restore(running)
         running.follow()
@@ -126,11 +140,24 @@ class EMA(Callback):
         if self._loaded is not None:
             _warn_of_changes(self._loaded, self.profiles)
             running.load_state_dict(self._loaded)
-            self._loaded = None
+            self._record, self._loaded = self._loaded.get("snapshots", {}), None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._running is not None:
             self._restore(self._running)
+            if self.snapshots is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self._recorder = self._start_recording(trainer, self._running, self.snapshots)
+
+    def _start_recording(self, trainer: Trainer, running: ModelAverages, plan: Snapshots) -> Recorder:
+        folder = plan.directory or self._record.get("folder")
+        if folder is None or not (plan.directory or Path(folder).is_dir()):
+            folder = str(Path(trainer.log_dir or trainer.default_root_dir, "snapshots"))
+        every = plan.every_n_steps or self._record.get("every") or _a_64th(trainer)
+        self._record = {"run": self._record.get("run") or new_run(), "folder": folder, "every": every}
+        place = Place(Path(folder), self._record["run"], network_hash(running.parameters), plan.storage)
+        recorder = Recorder(running, place, every, plan.keep, trainer.is_global_zero)
+        rank_zero_info(recorder.budget(trainer.estimated_stepping_batches))
+        return recorder
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -143,6 +170,12 @@ class EMA(Callback):
     ) -> None:
         if self._running is not None and trainer.global_step != self._global_step:
             self._global_step, self._running.images = trainer.global_step, 0
+            if self._recorder is not None:
+                self._recorder.after_step()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._recorder is not None:
+            self._recorder.finish()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._put_in(trainer, pl_module)
@@ -170,6 +203,9 @@ class EMA(Callback):
 
     def _leave(self) -> None:
         self._put_back()
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
         if self._running is not None:
             self._running.stop()
 
@@ -195,7 +231,9 @@ class EMA(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._loaded is not None:
             return self._loaded
-        return self._running.state_dict() if self._running is not None else {}
+        if self._recorder is not None:
+            self._recorder.flush()
+        return {**self._running.state_dict(), "snapshots": self._record} if self._running is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
@@ -211,21 +249,11 @@ class EMA(Callback):
             self._loaded = state_of_weight_averaging(checkpoint, name, profile, parameters)
 
 
-class PowerFunctionEMA(EMA):
-    """An average as wide as `sigma_rel` of the training so far: no decay to adapt to the length of the run.
-
-    When:   as EMA, and when the number of steps is not known beforehand.
-    Knobs:  sigma_rel 0.05 to 0.15; larger is smoother and older (Karras et al. 2024).
-    """
-
-    def __init__(
-        self,
-        sigma_rel: float = 0.10,
-        every_n_steps: int = 1,
-        start_step: int = 0,
-        only: list[str] | None = None,
-    ) -> None:
-        super().__init__(PowerFunction(sigma_rel), every_n_steps, start_step, only)
+def _a_64th(trainer: Trainer) -> int:
+    total = trainer.estimated_stepping_batches
+    if not math.isfinite(total):
+        raise ValueError("The run has no end, so snapshots cannot be a 64th of it apart: give every_n_steps.")
+    return max(1, int(total) // 64)
 
 
 def _by_name(decay: float | Profile | dict[str, Profile]) -> dict[str, Profile]:

@@ -62,6 +62,16 @@ class ModelAverages:
         """Whether any average was updated yet."""
         return any(a.steps >= a.every for part in self._parts for a in part.values())
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps tried so far."""
+        return max(average.steps for part in self._parts for average in part.values())
+
+    def time(self, name: str) -> float:
+        """Where an average's clock stands; its parameters have to be one optimizer's."""
+        (average,) = [part[name] for part in self._parts if part[name].parameters]
+        return average.elapsed - float(average.skipped)
+
     def follow(self) -> None:
         """Move with every coming step of the optimizers."""
         for optimizer, part in zip(self.optimizers, self._parts, strict=True):
@@ -91,7 +101,7 @@ class ModelAverages:
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; sharded averages are gathered, so all processes have to call this."""
         return {
-            "averages": {name: _whole(average) for name, average in self.averages.items()},
+            "averages": {name: whole(average) for name, average in self.averages.items()},
             "clocks": {name: [part[name].state_dict() for part in self._parts] for name in self.profiles},
             "profiles": {name: repr(profile) for name, profile in self.profiles.items()},
         }
@@ -177,7 +187,7 @@ def _float_copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         }
 
 
-def _whole(average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def whole(average: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         key: x.full_tensor().cpu() if isinstance(x, DTensor) else x.detach() for key, x in average.items()
     }

@@ -58,7 +58,8 @@ def solve_coefficients(
     G, b = inner_products(have, have, metric), inner_products(have, want, metric)
     scale = G.diagonal().rsqrt()[:, None]
     G, right = G * scale * scale.T, torch.cat([scale * b, scale], dim=1)
-    y, z = (scale * torch.linalg.solve(G, right)).unbind(1)
+    solution: Tensor = scale * torch.linalg.solve(G, right)
+    y, z = solution[:, 0], solution[:, 1]
     if metric == "white":
         return y / y.sum()
     return y + z * (1 - y.sum()) / z.sum()
