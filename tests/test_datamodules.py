@@ -190,7 +190,10 @@ class Seeing(lightning.LightningModule):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
+        self.seen, self.begun = [], []
+
+    def on_train_epoch_start(self):
+        self.begun.append(self.current_epoch)
 
     def training_step(self, batch, batch_idx):
         self.seen.append((self.current_epoch, batch_idx, batch["image"]))
@@ -231,9 +234,10 @@ def test_any_module_resumes_after_any_step(tmp_path, accumulate, stop):
     """Six micro-batches an epoch, so with four to a step every second step is short."""
     data, options = DigitsDataModule(220), {"accumulate_grad_batches": accumulate}
     straight, _ = fit(data, tmp_path, **options)
-    first, _ = fit(data, tmp_path, max_epochs=-1, max_steps=stop, **options)
-    rest, _ = fit(data, tmp_path, tmp_path / "end.ckpt", **options)
+    first, before = fit(data, tmp_path, max_epochs=-1, max_steps=stop, **options)
+    rest, after = fit(data, tmp_path, tmp_path / "end.ckpt", **options)
     assert len(straight) == 12
+    assert before.begun + after.begun == [0, 1]
     assert same(first + rest, straight)
 
 
