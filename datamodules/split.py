@@ -1,4 +1,4 @@
-"""A held-out part that is the same on every machine and stays itself when data are added."""
+"""A held-out part that is the same on every machine, and nearly the same when data are added."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_a_missing_scikit_learn_names_the_extra(monkeypatch):
         DigitsDataModule().training_data()
 
 
-def test_who_is_held_out_stays_when_data_are_added():
+def test_names_alone_rank_who_is_held_out():
     names = [f"{index}.png" for index in range(200)]
     before = set(np.flatnonzero(held_out(names[:100], [0] * 100, 0.2)))
     after = set(np.flatnonzero(held_out(names, [0] * 200, 0.1)))

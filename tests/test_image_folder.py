@@ -1,7 +1,9 @@
 """Files of all kinds are read right, broken ones are named, each image comes once an epoch."""
 
+import re
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,3 +209,13 @@ def test_folders_that_are_not_there_or_hold_nothing(tmp_path):
     save(tmp_path / "class" / "b.png", np.zeros((2, 2)))
     with pytest.raises(ValueError, match=r"both in .* sub-folders \['class'\]"):
         list_images(tmp_path)
+
+
+def test_the_examples_in_the_docs_run(folder, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    folder.rename(folder.with_name("photos"))
+    monkeypatch.chdir(folder.parent)
+    names = {}
+    for example in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(example, names)
+    assert (names["data"].image_shape, names["data"].num_classes) == ((3, 64, 64), 2)
