@@ -123,12 +123,12 @@ class ImageFolderDataModule(ResumableDataModule):
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         image_size: int | tuple[int, int],
         batch_size: int = 64,
         channels: int = 3,
         flip: bool = False,
-        held_out: float | Path = 0.05,
+        held_out: float | str | Path = 0.05,
         labels: bool = True,
         skip_broken: bool = False,
         in_memory: bool | None = None,
@@ -186,7 +186,7 @@ def mirror(images: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen, images.flip(-1), images)
 
 
-def split(files: ImageFiles, held_out: float | Path) -> tuple[ImageFiles, ImageFiles]:
+def split(files: ImageFiles, held_out: float | str | Path) -> tuple[ImageFiles, ImageFiles]:
     """Training and held-out files: by a share of each class, or the latter from a folder of its own."""
     if isinstance(held_out, float | int):
         chosen = is_held_out(files.names(), files.labels, held_out)
