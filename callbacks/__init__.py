@@ -7,8 +7,20 @@ if __name__ != "lightning_diffusion.callbacks":
     )
 
 from lightning_diffusion.callbacks.ema import EMA
+from lightning_diffusion.callbacks.last_checkpoint import LastCheckpoint
 from lightning_diffusion.callbacks.power_function_ema import PostHocEMA, PowerFunctionEMA
+from lightning_diffusion.callbacks.progress import TrainingProgress
+from lightning_diffusion.callbacks.run_summary import RunSummary
 from lightning_diffusion.callbacks.sample_grid import SampleGrid
 from lightning_diffusion.callbacks.save_on_signal import SaveOnSignal
 
-__all__ = ["EMA", "PostHocEMA", "PowerFunctionEMA", "SampleGrid", "SaveOnSignal"]
+__all__ = [
+    "EMA",
+    "LastCheckpoint",
+    "PostHocEMA",
+    "PowerFunctionEMA",
+    "RunSummary",
+    "SampleGrid",
+    "SaveOnSignal",
+    "TrainingProgress",
+]

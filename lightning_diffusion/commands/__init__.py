@@ -1,0 +1,22 @@
+"""The commands, by name; each module's `run(name, arguments)` returns the exit status."""
+
+COMMANDS = {
+    "fit": "lightning_diffusion.commands.train",
+    "validate": "lightning_diffusion.commands.train",
+    "test": "lightning_diffusion.commands.train",
+    "predict": "lightning_diffusion.commands.train",
+    "sample": "lightning_diffusion.commands.sample",
+}
+
+HELP = """\
+usage: lightning-diffusion COMMAND [OPTIONS]
+
+Train diffusion models and draw from them.
+
+  fit        train:           lightning-diffusion fit --config configs/digits.yaml
+  validate   held-out loss:   lightning-diffusion validate --checkpoint runs/digits-1
+  test       the same, on the test data
+  predict    samples for the conditions of the prediction data
+  sample     draw images:     lightning-diffusion sample --checkpoint runs/digits-1 --num 64 --out samples.png
+
+COMMAND --help tells its options, --version the version."""
