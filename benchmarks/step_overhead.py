@@ -157,7 +157,7 @@ class Pace(Callback):
 
 def digits() -> UNet:
     """The network of configs/digits.yaml."""
-    return UNet((1, 8, 8), channels=48, num_classes=10)
+    return UNet((1, 8, 8), channels=32, num_blocks=1, num_classes=10)
 
 
 def small() -> UNet:

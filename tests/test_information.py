@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from lightning_diffusion import NoiseLevel
+from lightning_diffusion import EDMSchedule, Heun, NoiseLevel
 from lightning_diffusion.analysis.information import GaussianMixture
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "gaussian_mixture_1d.json").read_text())
+PATH = "lightning_diffusion.analysis.information.GaussianMixture"
 ENDS = NoiseLevel(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([1.0, 0.0, 1e-12]))
 
 
@@ -101,6 +103,15 @@ def test_the_denoiser_follows_the_score(dimensions: int) -> None:
     torch.testing.assert_close(mixture.denoise(x_t, level), expected)
 
 
+def test_the_exact_denoiser_draws_the_mixture() -> None:
+    """In one dimension the probability flow keeps order: it maps each quantile of the noise to the data's."""
+    mixture = one_dimension()
+    share = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    drawn = Heun(100)(mixture.denoise, torch.special.ndtri(share)[:, None], EDMSchedule())
+    below = torch.special.ndtr((drawn - mixture.means.T) / mixture.stds) @ mixture.weights
+    torch.testing.assert_close(below, share, atol=2e-3, rtol=0)
+
+
 def test_images_keep_their_shape_and_dtype() -> None:
     mixture, level = embedded(16), NoiseLevel(torch.ones(2), torch.ones(2))
     x_t = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(3))
@@ -162,3 +173,18 @@ def test_what_is_no_mixture_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         GaussianMixture(weights, means, stds)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_mixture_is_made_from_plain_lists_as_yaml_holds_them() -> None:
+    class Data:
+        def __init__(self, mixture: GaussianMixture) -> None:
+            self.mixture = mixture
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Data, "data")
+    names = ("weights", "means", "stds")
+    lists = {name: getattr(one_dimension(), name).tolist() for name in names}
+    config = parser.parse_object({"data": {"mixture": {"class_path": PATH, "init_args": lists}}})
+    mixture = parser.instantiate_classes(config).data.mixture
+    assert all(torch.equal(getattr(mixture, name), getattr(one_dimension(), name)) for name in names)

@@ -4,13 +4,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_diffusion.callbacks import SampleGrid
+from lightning_diffusion import DiffusionModule, Heun, UNet
+from lightning_diffusion.callbacks import PowerFunctionEMA, SampleGrid
+from lightning_diffusion.datamodules import DigitsDataModule
 from lightning_diffusion.plots import image_grid, to_pixels
 
 
@@ -45,7 +47,9 @@ class Drawing(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def fit(module: LightningModule, folder: Path, *callbacks: SampleGrid, **options: Any) -> Trainer:
+def fit(
+    module: LightningModule, folder: Path, *callbacks: Callback, data: Any = None, **options: Any
+) -> Trainer:
     torch.manual_seed(0)
     settings = {"max_steps": 5, "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     trainer = Trainer(
@@ -55,7 +59,7 @@ def fit(module: LightningModule, folder: Path, *callbacks: SampleGrid, **options
         enable_model_summary=False,
         **(settings | options),
     )
-    trainer.fit(module, DataLoader(torch.ones(12, 1)))
+    trainer.fit(module, data or DataLoader(torch.ones(12, 1)))
     return trainer
 
 
@@ -162,6 +166,23 @@ def test_tensorboard_gets_height_width_colour(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", True)
     fit(Drawing(), tmp_path, SampleGrid(columns=2, scale=1), logger=Logger(tmp_path))
     assert Writer.images == [("samples", (16, 11, 3), np.uint8, 5, "HWC")]
+
+
+def test_pictures_show_averaged_weights_and_leave_training_bit_identical(tmp_path: Path) -> None:
+    def train(folder: Path, *callbacks: Callback) -> DiffusionModule:
+        torch.manual_seed(0)
+        network = UNet((1, 8, 8), 8, multipliers=(1,), num_blocks=1, attention_levels=(), num_classes=10)
+        module = DiffusionModule(network, sampler=Heun(3))
+        fit(module, folder, PowerFunctionEMA(), *callbacks, data=DigitsDataModule(16), limit_val_batches=0)
+        return module
+
+    plain, drawn = train(tmp_path / "plain"), train(tmp_path / "drawn", SampleGrid(2, columns=3, scale=1))
+    assert pictures(tmp_path / "drawn") == ["step=000002.png", "step=000004.png", "step=000005.png"]
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), drawn.parameters(), strict=True))
+    label = torch.arange(10).repeat_interleave(3)
+    averaged = drawn.sample(30, {"label": label}, weights="ema", seed=0)
+    shown = np.asarray(Image.open(tmp_path / "drawn" / "samples" / "step=000005.png"))
+    assert (shown == np.asarray(image_grid(averaged, columns=3, scale=1))).all()
 
 
 def test_a_module_that_cannot_sample_is_refused(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ at sigma = 0, which is infinite.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,7 +64,6 @@ class _Posterior(NamedTuple):
 _Function = Callable[[_Posterior], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
 class GaussianMixture:
     """Isotropic Gaussians: data whose best denoiser, error and information are known.
 
@@ -75,14 +73,19 @@ class GaussianMixture:
         stds: standard deviations, shape (K,); 0 puts a component's mass on its mean.
     """
 
-    weights: Tensor
-    means: Tensor
-    stds: Tensor
-
-    def __post_init__(self) -> None:
-        for name in ("weights", "means", "stds"):
-            object.__setattr__(self, name, torch.as_tensor(getattr(self, name), dtype=torch.float64))
+    def __init__(
+        self,
+        weights: Sequence[float] | Tensor,
+        means: Sequence[Sequence[float]] | Tensor,
+        stds: Sequence[float] | Tensor,
+    ) -> None:
+        self.weights = torch.as_tensor(weights, dtype=torch.float64)
+        self.means = torch.as_tensor(means, dtype=torch.float64)
+        self.stds = torch.as_tensor(stds, dtype=torch.float64)
         self._check()
+
+    def __repr__(self) -> str:
+        return f"GaussianMixture({len(self.weights)} components in {self.dimensions} dimensions)"
 
     @property
     def dimensions(self) -> int:
