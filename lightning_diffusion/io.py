@@ -135,6 +135,8 @@ def checkpoint_of(path: str | Path) -> Path:
 
 def run_folder_of(path: str | Path) -> Path | None:
     """The run folder that `path`, a run folder or a checkpoint in one, belongs to."""
+    if not Path(path).exists():
+        return None
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     candidates = [folder, folder.parent] if folder.name == CHECKPOINTS else [folder]
     return next((candidate for candidate in candidates if (candidate / "config.yaml").is_file()), None)

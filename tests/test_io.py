@@ -149,6 +149,7 @@ def test_the_run_folder_of_a_checkpoint_is_the_one_with_a_configuration(tmp_path
     assert run_folder_of(checkpoint) is None
     (tmp_path / "config.yaml").touch()
     assert run_folder_of(checkpoint) == run_folder_of(tmp_path) == tmp_path
+    assert run_folder_of(tmp_path / "absent") is None
 
 
 def test_weights_of_another_network_are_refused_by_name():

@@ -38,7 +38,7 @@ def explain(error: BaseException) -> str | None:
     """One line for the user, or None if the error is not the user's."""
     error = _origin(error)
     if isinstance(error, ArgumentError):
-        return _parsing(error.message)
+        return " ".join(filter(None, [error.argument_name, _parsing(error.message)]))
     if isinstance(error, OSError) and (error.filename or error.errno in _FULL_DISK):
         return _one_line(f"{error.strerror}: {error.filename}" if error.filename else str(error))
     if type(error).__name__ == "MisconfigurationException" or _is_meant(error):
@@ -117,7 +117,7 @@ def _missing(key: str, message: str) -> str | None:
     if match is None:
         return None
     needed = re.sub(r"\b(fit|validate|test|predict)\.", "--", match[1])
-    return f"{needed} is needed: give it, or --config FILE that has it"
+    return f"{needed} is needed" + (": give it, or --config FILE that has it" if "model" in needed else "")
 
 
 _RULES = (_unknown_argument, _unknown_class, _wrong_type, _wrong_union, _missing)

@@ -6,11 +6,12 @@ import os
 import re
 import shutil
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -19,12 +20,15 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 import lightning_diffusion
+from lightning_diffusion.batches import LABEL, unpack
 from lightning_diffusion.callbacks import LastCheckpoint, RunSummary, SaveOnSignal, TrainingProgress
 from lightning_diffusion.commands.errors import UnknownOptionError
 from lightning_diffusion.commands.quiet import quiet
 from lightning_diffusion.commands.resuming import changes, value_of, with_configuration_of
+from lightning_diffusion.commands.writing import refuse_existing, write_images
 from lightning_diffusion.io import (
     AtomicCheckpointIO,
     checkpoint_of,
@@ -210,11 +214,11 @@ class DiffusionCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Draw samples for the conditions of the prediction data, into a file."""
-        from lightning_diffusion.commands.writing import refuse_existing, write_images
-
+        if self.trainer.world_size > 1:
+            raise ValueError("predict writes one file, from one process: give --trainer.devices 1")
         refuse_existing(Path(self.own["out"]), overwrite=False)
-        batches = self.trainer.predict(**kwargs)
-        print(write_images(Path(self.own["out"]), batches))
+        drawn = self.trainer.predict(**kwargs)
+        print(write_images(self.own["out"], _with_labels(drawn, self.trainer.predict_dataloaders)))
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -223,6 +227,12 @@ class DiffusionCLI(LightningCLI):
             if self._is_new_folder and self.folder and not self.trainer.global_step:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
+
+
+def _with_labels(drawn: Any, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    for images, batch in zip(drawn, loader, strict=True):
+        _, condition = unpack(batch)
+        yield images, condition.get(LABEL, torch.zeros(len(images), dtype=torch.int64))
 
 
 def _rank() -> int:

@@ -1,0 +1,183 @@
+"""sample: draw images from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lightning_diffusion.commands.errors import UnknownOptionError, suggestion
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_diffusion.module import DiffusionModule
+    from lightning_diffusion.sampling import Sampler
+
+_EXAMPLES = """\
+examples:
+  lightning-diffusion sample --checkpoint runs/digits-1 --num 100 --out grid.png
+  lightning-diffusion sample --checkpoint runs/digits-1 --num 50000 --out samples.npz --sampler heun:32
+  lightning-diffusion sample --checkpoint runs/digits-1 --num 20 --out threes/ --label 3 --guidance 1.5"""
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Draw images and write them."""
+    given = _parse(arguments)
+    _refuse_impossible(given)
+    from lightning_diffusion.commands.quiet import quiet
+    from lightning_diffusion.commands.writing import format_of, refuse_existing, write_images
+
+    out = Path(given.out)
+    format_of(given.out)
+    refuse_existing(out, given.overwrite)
+    quiet()
+    print(write_images(given.out, _drawn(given)), flush=True)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    for option in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
+        if option not in parser._option_string_actions:
+            raise UnknownOptionError(option, parser._option_string_actions)
+    return parser.parse_args(arguments)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        "lightning-diffusion sample",
+        description="Draw images from a checkpoint.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="PATH", help="run folder or checkpoint")
+    add("--num", type=int, default=64, metavar="N", help="how many images (64)")
+    add(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help=".png: a grid; .npz: arrays images, labels; FOLDER/: single PNGs",
+    )
+    add("--label", type=_labels, action="extend", metavar="L[,L...]", help="classes to cycle through (all)")
+    add("--sampler", metavar="NAME[:STEPS]", help="heun, euler, ddim, ancestral (the model's own)")
+    add("--steps", type=int, metavar="N", help="steps of the sampler")
+    add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1 is off (1)")
+    add("--seed", type=int, default=0, metavar="N", help="of the noise (0)")
+    add(
+        "--weights",
+        metavar="WHICH",
+        help="online, ema, ema:NAME, FILE.safetensors (ema where there are averages)",
+    )
+    add("--device", metavar="NAME", help="cpu, cuda, ... (a GPU where there is one)")
+    add("--overwrite", action="store_true", help="replace what is there")
+    return parser
+
+
+def _labels(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected class numbers such as 3 or 3,5, found {text!r}") from None
+
+
+def _refuse_impossible(given: argparse.Namespace) -> None:
+    if not Path(given.checkpoint).exists():
+        raise FileNotFoundError(
+            f"--checkpoint {given.checkpoint} does not exist: give a run folder or a checkpoint"
+        )
+    if given.num < 1:
+        raise ValueError(f"--num is {given.num}, expected 1 or more")
+    if given.steps is not None and given.steps < 1:
+        raise ValueError(f"--steps is {given.steps}, expected 1 or more")
+    if given.steps is not None and ":" in (given.sampler or ""):
+        raise ValueError(f"--steps {given.steps} and --sampler {given.sampler} both say how many: give one")
+
+
+def _drawn(given: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of images and labels, with a bar if it takes long."""
+    import torch
+
+    from lightning_diffusion.guidance import ClassifierFree
+
+    module = load(given.checkpoint).to(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    labels = _cycled(given.label, given.num, module.num_classes)
+    sampler = _sampler(given, module.sampler)
+    weights = given.weights or ("ema" if module.averages else "online")
+    guidance = None if given.guidance is None else ClassifierFree(given.guidance)
+    condition = {"label": labels} if module.num_classes else None
+    batches = module.sample_batches(given.num, condition, sampler, guidance, weights, given.seed)
+    print(
+        f"{given.num} images with {_named(weights, module)} weights, {sampler}, seed {given.seed}", flush=True
+    )
+    yield from _with_bar(zip(batches, torch.split(labels, 256), strict=True), given.num)
+
+
+def load(place: str) -> DiffusionModule:
+    """The module in a run folder or checkpoint, on the CPU."""
+    from lightning_diffusion.io import checkpoint_of, load_checkpoint
+    from lightning_diffusion.module import DiffusionModule
+
+    path = checkpoint_of(place)
+    recorded = load_checkpoint(path).get("hyper_parameters", {})
+    if "network" not in recorded:
+        raise ValueError(
+            f"{path} does not say how to build its network: it is of another LightningModule, or its network is a "
+            "foreign nn.Module. Draw from Python: DiffusionModule.load_from_checkpoint(path, network=...).sample(...)"
+        )
+    module: DiffusionModule = DiffusionModule.load_from_checkpoint(path, map_location="cpu")
+    return module
+
+
+def _cycled(given: Sequence[int] | None, number: int, num_classes: int) -> Tensor:
+    import torch
+
+    if given and not num_classes:
+        raise ValueError("--label was given, but this model was trained without classes")
+    wrong = [label for label in given or [] if not 0 <= label < num_classes]
+    if wrong:
+        raise ValueError(f"--label {wrong[0]} is no class of this model: expected 0 to {num_classes - 1}")
+    classes = torch.tensor(given or range(max(num_classes, 1)))
+    return classes[torch.arange(number) % len(classes)]
+
+
+def _sampler(given: argparse.Namespace, own: Sampler) -> Sampler:
+    from dataclasses import replace
+
+    from lightning_diffusion.sampling import Sampler
+
+    name, _, steps = (given.sampler or "").partition(":")
+    known: dict[str, Any] = {kind.__name__.lower(): kind for kind in Sampler.__subclasses__()}
+    if name and name.lower() not in known:
+        raise ValueError(
+            f"there is no sampler {name}{suggestion(name.lower(), known)} Known: {', '.join(known)}"
+        )
+    if steps and not (steps.isdecimal() and int(steps)):
+        raise ValueError(f"--sampler {given.sampler}: expected NAME:STEPS such as heun:18")
+    sampler: Any = known[name.lower()]() if name else own
+    number = given.steps or (int(steps) if steps else None)
+    chosen: Sampler = sampler if number is None else replace(sampler, num_steps=number)
+    return chosen
+
+
+def _named(weights: str, module: DiffusionModule) -> str:
+    return f"ema:{next(iter(module.averages))}" if weights == "ema" and module.averages else weights
+
+
+def _with_bar(batches: Iterator[tuple[Tensor, Tensor]], number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Nothing for what takes less than two seconds."""
+    from lightning_diffusion.commands.waiting import Waiting
+
+    with Waiting(number, "images") as waiting:
+        for images, labels in batches:
+            waiting.advance(len(images))
+            yield images, labels

@@ -1,0 +1,43 @@
+"""A progress bar for what turns out to take more than two seconds."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Waiting:
+    """`with Waiting(total, "images") as waiting: ... waiting.advance(n)`; on standard error."""
+
+    def __init__(self, total: int, unit: str, patience_seconds: float = 2.0) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, *times, console=Console(file=sys.stderr), transient=True)
+        self._task = self._progress.add_task(unit, total=total)
+        self._timer = threading.Timer(patience_seconds, self._progress.start)
+
+    def __enter__(self) -> Waiting:
+        if self._progress.console.is_terminal:
+            self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        self._progress.stop()
+
+    def advance(self, number: int) -> None:
+        """`number` more are done."""
+        self._progress.advance(self._task, number)
