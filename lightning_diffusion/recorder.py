@@ -50,6 +50,8 @@ class Snapshots:
             raise ValueError(f"storage={self.storage!r} is not known: write one of {', '.join(BYTES)}.")
         if (self.every_n_steps is not None and self.every_n_steps < 1) or (self.keep or 2) < 2:
             raise ValueError(f"{self!r}: every_n_steps has to be at least 1 and keep at least 2.")
+        if self.keep is not None and self.storage == "difference":
+            raise ValueError("keep removes files that differences build on: write storage='float32' with it.")
 
 
 def new_run() -> str:
@@ -122,26 +124,31 @@ class Recorder:
     def _take(self) -> None:
         self._last = step = self.averages.steps
         self.flush()
-        for name, sigma_rel in self.widths.items():
-            average = whole(self.averages.averages[name])
-            if self.writes:
-                self.flush()
-                copy = {key: x.to("cpu", copy=True) for key, x in average.items()}
-                self._pending = self._pool.submit(
-                    self._write, step, self.averages.time(name), sigma_rel, copy
-                )
+        copies = {name: self._copy(self.averages.averages[name]) for name in self.widths}
+        if self.writes:
+            times = {name: self.averages.time(name) for name in self.widths}
+            self._pending = self._pool.submit(self._write, step, times, copies)
 
-    def _write(self, step: int, time: float, sigma_rel: float, average: Mapping[str, Tensor]) -> None:
-        write_snapshot(self.place, step, time, sigma_rel, average, self._base(step, sigma_rel))
+    def _copy(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On the CPU; all processes of a sharded average have to take part."""
+        gathered = whole(average)
+        return {key: x.to("cpu", copy=True) for key, x in gathered.items()} if self.writes else {}
+
+    def _write(
+        self, step: int, times: Mapping[str, float], averages: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        for name, sigma_rel in self.widths.items():
+            base = self._base(step, sigma_rel)
+            write_snapshot(self.place, step, times[name], sigma_rel, averages[name], base)
         if self.keep is not None:
             for snapshot in thin(list_snapshots(self.place.folder), self.keep):
                 snapshot.path.unlink()
 
     def _base(self, step: int, sigma_rel: float) -> Path | None:
         number = step // self.every - 1
-        path = self.place.path((number - number % BASE_EVERY + 1) * self.every, sigma_rel)
-        is_difference = self.place.storage == "difference" and path != self.place.path(step, sigma_rel)
-        return path if is_difference and number >= 0 and path.is_file() else None
+        path = self.place.path(number * self.every, sigma_rel)
+        is_difference = self.place.storage == "difference" and number % BASE_EVERY
+        return path if is_difference and path.is_file() else None
 
 
 def widths_of(profiles: Mapping[str, Profile]) -> dict[str, float]:

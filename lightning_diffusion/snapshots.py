@@ -3,8 +3,8 @@
 A file NNNNNNNNN-WIDTH.safetensors holds tensors by parameter name. Its storage is
     float32      as they are
     float16      rounded: half the bytes, and an error that a reconstruction magnifies
-    difference   float16 of (x - base) / 2^scale, base a float32 file of the same width: half the bytes, small error
-Every eighth snapshot of a width is a base, so that a lost file costs eight at most.
+    difference   int16 of (x - base) / scale, base the snapshot before: half the bytes, a small error
+With differences every eighth snapshot of a width is float32, so that a lost file costs eight at most.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Storage = Literal["float32", "float16", "difference"]
 BASE_EVERY = 8
 BYTES = {"float32": 4.0, "float16": 2.0, "difference": (4 + 2 * (BASE_EVERY - 1)) / BASE_EVERY}
 CHUNK = 1 << 14
+LEVELS = 32767
 
 
 class Snapshot(NamedTuple):
@@ -74,7 +75,10 @@ def write_snapshot(
     average: Mapping[str, Tensor],
     base: Path | None = None,
 ) -> Path:
-    """Write one average (float32, on the CPU); the file appears when it is whole. `base`: of a difference."""
+    """Write one average (float32, on the CPU); the file appears when it is whole.
+
+    `base` is the file to store the difference to.
+    """
     path = place.path(step, sigma_rel)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors, scales = _encode(average, place.storage, base)
@@ -90,19 +94,29 @@ def write_snapshot(
 
 def _encode(
     average: Mapping[str, Tensor], storage: Storage, base: Path | None
-) -> tuple[dict[str, Tensor], dict[str, int]]:
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     if base is None:
         dtype = torch.float16 if storage == "float16" else torch.float32
         return {name: x.to(dtype).contiguous() for name, x in average.items()}, {}
-    with safe_open(base, "pt") as file:
-        changes = {name: x - file.get_tensor(name) for name, x in average.items()}
-    scales = {name: _exponent(change) for name, change in changes.items()}
-    return {name: (x * 2.0 ** -scales[name]).half().contiguous() for name, x in changes.items()}, scales
+    before = decode(base)
+    changes = {name: (x.double() - before[name]).contiguous() for name, x in average.items()}
+    scales = {name: _largest(change) / LEVELS for name, change in changes.items()}
+    return {name: (x / (scales[name] or 1)).round().to(torch.int16) for name, x in changes.items()}, scales
 
 
-def _exponent(x: Tensor) -> int:
-    largest = float(x.abs().max()) if x.numel() else 0.0
-    return int(torch.frexp(torch.tensor(largest, dtype=torch.float64))[1]) if largest else 0
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def decode(path: Path) -> dict[str, Tensor]:
+    """The average in a file, float64; a difference is added to the files that it builds on."""
+    with safe_open(path, "pt") as file:
+        header, names = file.metadata(), file.keys()
+        parts = {name: file.get_tensor(name).double() for name in names}
+    if "base" not in header:
+        return parts
+    before, scales = decode(path.with_name(header["base"])), json.loads(header["scales"])
+    return {name: before[name] + part * scales[name] for name, part in parts.items()}
 
 
 def read_header(path: Path) -> Snapshot:
@@ -158,22 +172,17 @@ def remove_after(folder: Path, step: int) -> None:
 
 
 def thin(snapshots: Sequence[Snapshot], keep: int) -> list[Snapshot]:
-    """Those to remove so that `keep` times stay, spaced by about the same ratio; bases in use stay too."""
-    removed: list[Snapshot] = []
-    left = list(snapshots)
-    while len(times := sorted({s.time for s in left})) > max(keep, 2):
-        bases = {s.base for s in left}
-        free = [i for i in range(1, len(times) - 1) if not _is_base(times[i], left, bases)]
-        if not free:
-            break
-        closest = times[min(free, key=lambda i: times[i + 1] / times[i - 1])]
-        removed += [s for s in left if s.time == closest]
-        left = [s for s in left if s.time != closest]
-    return removed
+    """Those to remove so that `keep` times stay, the first, the last, and others at about equal ratios."""
+    times = sorted({snapshot.time for snapshot in snapshots})
+    while len(times) > max(keep, 2):
+        times.remove(min(times[1:-1], key=lambda t: _gap(times, t)))
+    return [snapshot for snapshot in snapshots if snapshot.time not in times]
 
 
-def _is_base(time: float, snapshots: Sequence[Snapshot], bases: set[str | None]) -> bool:
-    return any(s.path.name in bases for s in snapshots if s.time == time)
+def _gap(times: Sequence[float], t: float) -> float:
+    """Ratio of the two times around t."""
+    place = times.index(t)
+    return times[place + 1] / times[place - 1]
 
 
 def combine(snapshots: Sequence[Snapshot], coefficients: Tensor) -> list[dict[str, Tensor]]:
@@ -181,11 +190,12 @@ def combine(snapshots: Sequence[Snapshot], coefficients: Tensor) -> list[dict[st
 
     Columns sum to 1; sums run over differences to the last snapshot, where float32 loses least.
     """
-    by_name = {snapshot.path.name: row for row, snapshot in enumerate(snapshots)}
+    rows = {snapshot.path.name: row for row, snapshot in enumerate(snapshots)}
     shares, whole = coefficients.clone(), torch.ones(len(snapshots), 1)
-    for row, snapshot in enumerate(snapshots):
-        if snapshot.base is not None:
-            shares[by_name[snapshot.base]] += coefficients[row]
+    for row in reversed(range(len(snapshots))):
+        base = snapshots[row].base
+        if base is not None:
+            shares[rows[base]] += shares[row]
             whole[row] = 0
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(snapshot.path, "pt")) for snapshot in snapshots]
@@ -194,11 +204,11 @@ def combine(snapshots: Sequence[Snapshot], coefficients: Tensor) -> list[dict[st
         sums: list[dict[str, Tensor]] = [{} for _ in range(coefficients.shape[1])]
         names = files[0].keys()
         for name in names:
-            factors = torch.tensor([2.0 ** scale.get(name, 0) for scale in scales], dtype=torch.float64)
+            scale = torch.tensor([scale.get(name, 1.0) for scale in scales], dtype=torch.float64)
             parts = [file.get_tensor(name) for file in files]
-            rows = _combine(parts, (shares * factors[:, None]).T.float(), whole, reference)
-            for target, row in zip(sums, rows, strict=True):
-                target[name] = row.view(parts[0].shape)
+            found = _combine(parts, (shares * scale[:, None]).T.float(), whole, reference)
+            for target, weights in zip(sums, found, strict=True):
+                target[name] = weights.view(parts[0].shape)
     return sums
 
 

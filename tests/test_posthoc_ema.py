@@ -109,6 +109,7 @@ def test_only_power_functions_can_be_rebuilt():
         ),
         ({"every_n_steps": 0}, "every_n_steps has to be at least 1"),
         ({"keep": 1}, "keep at least 2"),
+        ({"keep": 9, "storage": "difference"}, "files that differences build on: write storage='float32'"),
         ({"sigma_rels": (0.05, 0.3)}, r"write a number between 0 and 0\.2887"),
     ],
 )

@@ -36,7 +36,7 @@ def write(
     where, written = place(folder, storage, run), []
     for step in steps:
         written.append({name: x + 1e-3 * step * weights(step)[name] for name, x in weights(0).items()})
-        base = None if base_at is None or step == base_at else where.path(base_at, 0.05)
+        base = None if base_at is None or step == base_at else where.path(step - 1, 0.05)
         write_snapshot(where, step, float(step), 0.05, written[-1], base)
     return written
 
@@ -53,7 +53,7 @@ COEFFICIENTS = torch.tensor([[0.5, -3.0], [2.0, 1.0], [-4.0, 2.0], [2.5, 1.0]], 
 
 @pytest.mark.parametrize(
     ("storage", "base_at", "error"),
-    [("float32", None, 1e-6), ("difference", 1, 1e-5), ("float16", None, 5e-3)],
+    [("float32", None, 1e-6), ("difference", 1, 2e-6), ("float16", None, 5e-3)],
 )
 def test_weighted_sums_are_as_good_as_the_storage(tmp_path, storage, base_at, error):
     written = write(tmp_path, storage=storage, base_at=base_at)
@@ -123,7 +123,7 @@ def test_a_resumed_run_forgets_what_came_later(tmp_path):
     assert [s.step for s in list_snapshots(tmp_path)] == [1, 2]
 
 
-def test_thinning_keeps_the_ends_and_the_bases_and_a_geometric_spacing(tmp_path):
+def test_thinning_keeps_the_ends_and_a_geometric_spacing(tmp_path):
     write(tmp_path, steps=range(1, 65))
     snapshots = list_snapshots(tmp_path)
     kept = sorted({s.step for s in snapshots} - {s.step for s in thin(snapshots, 12)})
@@ -132,5 +132,3 @@ def test_thinning_keeps_the_ends_and_the_bases_and_a_geometric_spacing(tmp_path)
     assert kept[-1] == 64
     ratios = [b / a for a, b in pairwise(kept[4:])]
     assert max(ratios) < 1.8 * min(ratios)
-    write(tmp_path, steps=range(1, 65), storage="difference", base_at=30)
-    assert 30 not in {s.step for s in thin(list_snapshots(tmp_path), 4)}
