@@ -91,6 +91,16 @@ def _unknown_class(key: str, message: str) -> str | None:
     return match and f"{key}: there is no class {match[1]}{suggestion(match[1], _class_names())}"
 
 
+def _absent_file(key: str, message: str) -> str | None:
+    match = re.search(r"File does not exist: '(.+)'", message)
+    return match and f"--config {match[1]} does not exist"
+
+
+def _missing_argument(key: str, message: str) -> str | None:
+    match = re.search(r"given class_path '([^']+)':\s+the following arguments are required: (.+)", message)
+    return match and f"{key}: {match[1].rpartition('.')[2]} needs {match[2]}"
+
+
 def _unknown_argument(key: str, message: str) -> str | None:
     match = re.search(r"given class_path '([^']+)':\s+Option '([^']+)' is not accepted", message)
     if match is None:
@@ -120,7 +130,15 @@ def _missing(key: str, message: str) -> str | None:
     return f"{needed} is needed" + (": give it, or --config FILE that has it" if "model" in needed else "")
 
 
-_RULES = (_unknown_argument, _unknown_class, _wrong_type, _wrong_union, _missing)
+_RULES = (
+    _absent_file,
+    _missing_argument,
+    _unknown_argument,
+    _unknown_class,
+    _wrong_type,
+    _wrong_union,
+    _missing,
+)
 
 
 def _class_names() -> list[str]:

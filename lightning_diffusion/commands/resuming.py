@@ -10,7 +10,7 @@ from lightning_diffusion.io import run_folder_of
 
 def value_of(arguments: list[str], option: str) -> str | None:
     """The value of `--option VALUE` or `--option=VALUE`, None if it is not there."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         if argument == option:
             return following or None
         if argument.startswith(f"{option}="):

@@ -170,7 +170,8 @@ def _sampler(given: argparse.Namespace, own: Sampler) -> Sampler:
 
 
 def _named(weights: str, module: DiffusionModule) -> str:
-    return f"ema:{next(iter(module.averages))}" if weights == "ema" and module.averages else weights
+    first = next(iter(module.averages), "ema")
+    return f"ema:{first}" if weights == "ema" != first else weights
 
 
 def _with_bar(batches: Iterator[tuple[Tensor, Tensor]], number: int) -> Iterator[tuple[Tensor, Tensor]]:

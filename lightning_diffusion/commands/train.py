@@ -53,6 +53,8 @@ def run(command: str, arguments: list[str]) -> int:
     _import_all_components()
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     place = value_of(arguments, "--resume") or value_of(arguments, "--checkpoint")
+    if place:
+        checkpoint_of(place)
     DiffusionCLI([command, *with_configuration_of(place, arguments)])
     return 0
 
@@ -75,6 +77,8 @@ class ResolvedConfig(SaveConfigCallback):
     """Writes the whole configuration into the run folder."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
         text = self.parser.dump(self.config, skip_none=False)
         path = Path(trainer.log_dir or trainer.default_root_dir, "config.yaml")
         opening = f"# lightning-diffusion fit --config {path}\n"
@@ -88,6 +92,7 @@ class DiffusionCLI(LightningCLI):
         self.folder: Path | None = None
         self._is_new_folder = False
         self.own: dict[str, Any] = {}
+        self.start_from: Path | None = None
         self._config_files = [value_of(arguments, "--config"), value_of(arguments, "-c")]
         super().__init__(
             DiffusionModule,
@@ -145,6 +150,7 @@ class DiffusionCLI(LightningCLI):
             raise UnknownOptionError(dashed, known) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        self.start_from = self._checked_checkpoint()
         given = self._get(self.config_init, "trainer")
         if self.subcommand != "fit" or given.fast_dev_run:
             return super().instantiate_trainer(logger=False, callbacks=self._with_progress(given), **kwargs)
@@ -193,24 +199,20 @@ class DiffusionCLI(LightningCLI):
         for name in ("config.yaml", "metrics.csv"):
             keep_earlier(folder / name)
 
+    def _checked_checkpoint(self) -> Path | None:
+        place = self.own.get("resume") or self.own.get("checkpoint")
+        if place is None and self.subcommand != "fit":
+            raise ValueError(f"{self.subcommand} needs --checkpoint, a run folder or a checkpoint in one")
+        if place is None:
+            return None
+        path = checkpoint_of(place)
+        saved = load_checkpoint(path).get("state_dict", {})
+        refuse_other_weights(_network_of(saved), _network_of(self.model.state_dict()), path)
+        return path
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        place = self.own.get("resume") or self.own.get("checkpoint")
-        if place is None and subcommand != "fit":
-            raise ValueError(f"{subcommand} needs --checkpoint, a run folder or a checkpoint in one")
-        if place is None:
-            return kwargs
-        path = checkpoint_of(place)
-        refuse_other_weights(
-            _network_of(load_checkpoint(path)["state_dict"]), _network_of(self.model.state_dict()), path
-        )
-        return {**kwargs, "ckpt_path": str(path)}
-
-    def before_fit(self) -> None:
-        if self.datamodule is None:
-            raise ValueError(
-                "there are no data: give --data DigitsDataModule or --data ImageFolderDataModule"
-            )
+        return {**kwargs, "ckpt_path": self.start_from and str(self.start_from)}
 
     def predict(self, **kwargs: Any) -> None:
         """Draw samples for the conditions of the prediction data, into a file."""
@@ -230,7 +232,7 @@ class DiffusionCLI(LightningCLI):
 
 
 def _with_labels(drawn: Any, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, batch in zip(drawn, loader, strict=True):
+    for images, batch in zip(drawn, loader, strict=False):  # the Trainer may limit the batches
         _, condition = unpack(batch)
         yield images, condition.get(LABEL, torch.zeros(len(images), dtype=torch.int64))
 

@@ -1,0 +1,37 @@
+"""Options of a command: unknown ones are named with the nearest known one, abbreviations are refused."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from lightning_diffusion.commands.errors import UnknownOptionError
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises its errors instead of exiting.
+
+    Args:
+        command: the words after `lightning-diffusion`.
+        description, examples: what the help says before and after the options.
+    """
+
+    def __init__(self, command: str, description: str, examples: str = "") -> None:
+        super().__init__(
+            f"lightning-diffusion {command}",
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            exit_on_error=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+    def parse(self, arguments: list[str]) -> Any:
+        """The values of all options."""
+        for option in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
+            if option not in self._option_string_actions:
+                raise UnknownOptionError(option, self._option_string_actions)
+        return self.parse_args(arguments)
