@@ -35,7 +35,7 @@ class TrainingProgress(ProgressBar):
         self._enabled = True
         self._bar: Progress | None = None
         self._total: float = math.inf
-        self._done_before = self._done = self._images = 0
+        self._done_before = self._done = self._shown_done = self._images = 0
         self._began = self._shown = 0.0
 
     def disable(self) -> None:
@@ -92,7 +92,8 @@ class TrainingProgress(ProgressBar):
             self._advance(trainer, "batch", self._done + 1)
 
     def _begin(self, total: float, done: int) -> None:
-        self._total, self._done_before, self._done, self._images = total, done, done, 0
+        self._total, self._images = total, 0
+        self._done_before = self._done = self._shown_done = done
         self._began = self._shown = time.monotonic()
 
     def _advance(self, trainer: Trainer, unit: str, done: int) -> None:
@@ -101,15 +102,14 @@ class TrainingProgress(ProgressBar):
             self._show(trainer, unit)
 
     def _end(self, trainer: Trainer, unit: str) -> None:
-        if self._enabled and self._done > self._done_before:
+        if self._enabled and self._done > self._shown_done:
             self._show(trainer, unit)
-            self._done_before = self._done
         if self._bar:
             self._bar.stop()
             self._bar = None
 
     def _show(self, trainer: Trainer, unit: str) -> None:
-        self._shown = time.monotonic()
+        self._shown, self._shown_done = time.monotonic(), self._done
         text = self._text(trainer, unit)
         if not self._console.is_terminal:
             self._console.print(text, highlight=False, soft_wrap=True)
