@@ -7,11 +7,16 @@ pixels    uint8 (N, H, W, C), rounded to the nearest of 256 levels, what lies ou
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SEPARATOR = 1  # pixels
 _GREY = 96  # of separators and of empty places, seen on black and on white
@@ -54,3 +59,23 @@ def _tile(pixels: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
 
 def _picture(canvas: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(canvas[..., 0] if canvas.shape[-1] == 1 else canvas)
+
+
+def width_curve(widths: Sequence[float], values: Sequence[float], online: float, metric: str) -> Figure:
+    """A metric over the width of the average, the best marked, beside the online weights'."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    best = min(range(len(widths)), key=values.__getitem__)
+    axes.plot(widths, values, "o-", color="C0", label="average")
+    axes.plot(widths[best], values[best], "o", color="C3", label=f"best: {widths[best]:.3g}")
+    axes.axhline(online, color="0.5", linestyle="--", label="online weights")
+    axes.set(xscale="log", xlabel="width of the average over the length of the training", ylabel=metric)
+    ticks = [
+        tick for tick in (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25) if widths[0] <= tick <= widths[-1]
+    ]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    return figure

@@ -6,6 +6,7 @@ COMMANDS = {
     "test": "lightning_diffusion.commands.train",
     "predict": "lightning_diffusion.commands.train",
     "sample": "lightning_diffusion.commands.sample",
+    "ema": "lightning_diffusion.commands.ema",
 }
 
 HELP = """\
@@ -18,5 +19,6 @@ Train diffusion models and draw from them.
   test       the same, on the test data
   predict    samples for the conditions of the prediction data
   sample     draw images:     lightning-diffusion sample --checkpoint runs/digits-1 --num 64 --out samples.png
+  ema        averages of any width after training: lightning-diffusion ema sweep runs/digits-1
 
 COMMAND --help tells its options, --version the version."""
