@@ -42,9 +42,9 @@ from lightning_diffusion.representation import Representation as Representation
 from lightning_diffusion.representation import Standardize as Standardize
 from lightning_diffusion.resume import RandomKey as RandomKey
 from lightning_diffusion.resume import ResumableSampler as ResumableSampler
-from lightning_diffusion.sampling import DDIM as DDIM
 from lightning_diffusion.sampling import Ancestral as Ancestral
 from lightning_diffusion.sampling import Churn as Churn
+from lightning_diffusion.sampling import DDIM as DDIM
 from lightning_diffusion.sampling import Euler as Euler
 from lightning_diffusion.sampling import Heun as Heun
 from lightning_diffusion.sampling import Sampler as Sampler
@@ -58,31 +58,32 @@ from lightning_diffusion.schedules import GeometricSchedule as GeometricSchedule
 from lightning_diffusion.schedules import LinearSchedule as LinearSchedule
 from lightning_diffusion.schedules import ScaledLinearSchedule as ScaledLinearSchedule
 from lightning_diffusion.schedules import SigmoidSchedule as SigmoidSchedule
-from lightning_diffusion.targets import X0 as X0
 from lightning_diffusion.targets import Epsilon as Epsilon
 from lightning_diffusion.targets import Flow as Flow
 from lightning_diffusion.targets import Score as Score
 from lightning_diffusion.targets import Target as Target
 from lightning_diffusion.targets import V as V
+from lightning_diffusion.targets import X0 as X0
 from lightning_diffusion.time_densities import CosMapTime as CosMapTime
 from lightning_diffusion.time_densities import LogitNormalTime as LogitNormalTime
 from lightning_diffusion.time_densities import ModeTime as ModeTime
 from lightning_diffusion.time_densities import NormalTime as NormalTime
 from lightning_diffusion.time_densities import TimeDensity as TimeDensity
 from lightning_diffusion.time_densities import UniformTime as UniformTime
-from lightning_diffusion.weightings import P2 as P2
 from lightning_diffusion.weightings import Constant as Constant
 from lightning_diffusion.weightings import Debiased as Debiased
 from lightning_diffusion.weightings import EDMWeighting as EDMWeighting
 from lightning_diffusion.weightings import LogSNR as LogSNR
 from lightning_diffusion.weightings import MaxSNR as MaxSNR
 from lightning_diffusion.weightings import MinSNR as MinSNR
-from lightning_diffusion.weightings import Sigmoid as Sigmoid
+from lightning_diffusion.weightings import P2 as P2
 from lightning_diffusion.weightings import SNRClip as SNRClip
 from lightning_diffusion.weightings import SNRPower as SNRPower
 from lightning_diffusion.weightings import SNRWeighting as SNRWeighting
+from lightning_diffusion.weightings import Sigmoid as Sigmoid
 from lightning_diffusion.weightings import SoftMinSNR as SoftMinSNR
 from lightning_diffusion.weightings import Uncertainty as Uncertainty
 from lightning_diffusion.weightings import Weighting as Weighting
 
+__all__: list[str]
 __version__: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 CONFIG = """\
 # lightning-diffusion fit --config tiny.yaml
@@ -32,15 +33,15 @@ def write_config(folder: Path, name: str = "tiny.yaml") -> str:
     return name
 
 
-def command(*arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
+def line(*arguments: str) -> list[str]:
+    """`lightning-diffusion ARGUMENTS`, whatever is installed where."""
+    script = "import sys; from lightning_diffusion.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", script, *arguments]
+
+
+def command(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """`lightning-diffusion ARGUMENTS` as a process of its own."""
-    line = [
-        sys.executable,
-        "-c",
-        "import sys; from lightning_diffusion.cli import main; sys.exit(main())",
-        *arguments,
-    ]
-    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, check=False, **options)
+    return subprocess.run(line(*arguments), cwd=cwd, capture_output=True, text=True, check=False, **options)
 
 
 def files_in(folder: Path) -> set[str]:

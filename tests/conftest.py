@@ -1,8 +1,11 @@
-"""What tests of the commands share: a folder to work in and one finished run."""
+"""What tests of the commands share: a folder to work in, one finished run, and the built package."""
 
 import logging
 import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import write_config
@@ -52,3 +55,35 @@ def trained(tmp_path_factory):
         os.chdir(here)
         sys.argv = argv
     return folder / "runs" / "tiny-1"
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory):
+    """The sdist of the checkout, and the wheel made from that sdist."""
+    where = tmp_path_factory.mktemp("built")
+    kept_out = (".git", "*.egg-info", "runs", ".*_cache", "__pycache__", ".venv", "build", "dist")
+    root = Path(__file__).resolve().parents[1]
+    shutil.copytree(root, where / "source", symlinks=True, ignore=shutil.ignore_patterns(*kept_out))
+    line = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(where / "dist")]
+    subprocess.run(line, cwd=where / "source", check=True, capture_output=True)
+    (sdist,), (wheel,) = (where / "dist").glob("*.tar.gz"), (where / "dist").glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.fixture(scope="session")
+def installed(distributions, tmp_path_factory):
+    """Environment variables under which only the installed wheel is seen."""
+    target = tmp_path_factory.mktemp("installed")
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--quiet",
+        "--target",
+        str(target),
+    ]
+    subprocess.run([*pip, str(distributions[1])], check=True)
+    return {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
