@@ -98,6 +98,24 @@ def measure(network: nn.Module, rounds: int) -> dict[str, np.ndarray]:
     return {name: np.array(t) for name, t in times.items()}
 
 
+def error_of_rare_updates(every: int, sigma_rel: float, steps: int = 10_000) -> float:
+    """Of an average updated every so many steps, over |average - weights|, expected on a random walk.
+
+    Weights that are one-hot in time turn averages into the shares that they give to each step.
+    """
+    shares = []
+    for k in (1, every):
+        weights = torch.zeros(steps + 1, dtype=torch.float64)
+        share = weights.clone()
+        average = Average(PowerFunction(sigma_rel), [share], [weights], k)
+        for step in range(1, steps + 1):
+            average.before_step()
+            weights.zero_()[step] = 1
+            average.after_step()
+        shares.append(share.cumsum(0)[:-1])
+    return float((shares[0] - shares[1]).norm() / shares[0].norm())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -116,6 +134,9 @@ def main() -> None:
             print(f"  {name:26}{np.median(t):9.2f} ms  ({low:.2f} to {high:.2f}){ratio:8.2f} x flat lerp_")
         both = np.median(times["ours, two widths"] / times["ours"])
         print(f"  two widths over one: {both:.2f}")
+    for sigma_rel in (0.05, 0.1):
+        error = error_of_rare_updates(8, sigma_rel)
+        print(f"every 8 steps, width {sigma_rel}, after 10,000: error {error:.1e} of |average - weights|")
 
 
 if __name__ == "__main__":
