@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,6 +29,19 @@ class Density(ABC):
     @abstractmethod
     def log_prob(self, log_snr: Tensor, schedule: Schedule) -> Tensor:
         """Log-density per unit of log-SNR, shape (B,) to (B,)."""
+
+    def share_above(self, log_snr: Tensor, schedule: Schedule) -> Tensor:
+        """The inverse of `quantile`, the share of draws above a log-SNR, by bisection; float64, shape (B,)."""
+        low, high = torch.zeros_like(log_snr), torch.ones_like(log_snr)
+        for _ in range(60):
+            middle = (low + high) / 2
+            above = self.quantile(middle.clamp(1e-15, 1 - 1e-15), schedule) > log_snr
+            low, high = middle.where(above, low), high.where(above, middle)
+        return (low + high) / 2
+
+    def importance(self, log_snr: Tensor, schedule: Schedule) -> Tensor | None:
+        """Weights (B,) that make draws stand for the intended density; None where they are drawn from it."""
+        return None
 
     def draw(self, batch: int, schedule: Schedule, key: RandomKey) -> Tensor:
         """Log-SNRs of this rank's share of a batch, stratified over ranks and accumulation; float64 on the CPU."""
@@ -60,17 +74,105 @@ class LogNormalSigma(Density):
 
 
 @dataclass(frozen=True)
-class UniformTime(Density):
-    """t uniform on [0, 1], or on the entries of a table (Ho et al. 2020).
+class UniformSigma(Density):
+    """sigma / alpha uniform in [sigma_min, sigma_max]."""
 
-    Args:
-        schedule: whose time is meant; None is the objective's own.
-    """
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
 
-    schedule: Schedule | None = None
+    def __post_init__(self) -> None:
+        _check_range(self, self.sigma_min, self.sigma_max)
 
     def quantile(self, u: Tensor, schedule: Schedule) -> Tensor:
-        return (self.schedule or schedule).log_snr(u)
+        return -2 * (self.sigma_min + u * (self.sigma_max - self.sigma_min)).log()
 
     def log_prob(self, log_snr: Tensor, schedule: Schedule) -> Tensor:
-        return (self.schedule or schedule).uniform_log_prob(log_snr)
+        log_prob = -log_snr / 2 - math.log(2 * (self.sigma_max - self.sigma_min))
+        return log_prob.where(_inside(log_snr, self.sigma_min, self.sigma_max), -math.inf)
+
+
+@dataclass(frozen=True)
+class LogUniformSigma(Density):
+    """ln(sigma / alpha) uniform in [ln sigma_min, ln sigma_max]."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        _check_range(self, self.sigma_min, self.sigma_max)
+
+    def quantile(self, u: Tensor, schedule: Schedule) -> Tensor:
+        return -2 * (math.log(self.sigma_min) + u * math.log(self.sigma_max / self.sigma_min))
+
+    def log_prob(self, log_snr: Tensor, schedule: Schedule) -> Tensor:
+        height = -math.log(2 * math.log(self.sigma_max / self.sigma_min))
+        inside = _inside(log_snr, self.sigma_min, self.sigma_max)
+        return torch.full_like(log_snr, height).where(inside, -math.inf)
+
+
+@dataclass(frozen=True)
+class Truncated(Density):
+    """Another density between two log-SNRs.
+
+    Args:
+        density: what is cut.
+        min_log_snr, max_log_snr: where.
+
+    Raises:
+        ValueError: when drawing, if there is nothing between them.
+    """
+
+    density: Density
+    min_log_snr: float = -10.0
+    max_log_snr: float = 10.0
+
+    def quantile(self, u: Tensor, schedule: Schedule) -> Tensor:
+        low, high = _shares(self, schedule)
+        return self.density.quantile(low + u * (high - low), schedule)
+
+    def log_prob(self, log_snr: Tensor, schedule: Schedule) -> Tensor:
+        low, high = _shares(self, schedule)
+        log_prob = self.density.log_prob(log_snr, schedule) - math.log(high - low)
+        return log_prob.where((log_snr >= self.min_log_snr) & (log_snr <= self.max_log_snr), -math.inf)
+
+
+@lru_cache
+def _shares(cut: Truncated, schedule: Schedule) -> tuple[float, float]:
+    ends = torch.tensor([cut.max_log_snr, cut.min_log_snr], dtype=torch.float64)
+    low, high = cut.density.share_above(ends, schedule).tolist()
+    if high - low < 1e-9:
+        raise ValueError(
+            f"{cut.density} has no mass between log-SNR {cut.min_log_snr} and {cut.max_log_snr}."
+        )
+    return low, high
+
+
+@dataclass(frozen=True)
+class Importance(Density):
+    """Draws from one density what another intends: the expected gradient is the other's.
+
+    Args:
+        drawn: where samples fall; positive wherever `intended` is.
+        intended: what the training means.
+    """
+
+    drawn: Density
+    intended: Density
+
+    def quantile(self, u: Tensor, schedule: Schedule) -> Tensor:
+        return self.drawn.quantile(u, schedule)
+
+    def log_prob(self, log_snr: Tensor, schedule: Schedule) -> Tensor:
+        return self.intended.log_prob(log_snr, schedule)
+
+    def importance(self, log_snr: Tensor, schedule: Schedule) -> Tensor:
+        return (self.intended.log_prob(log_snr, schedule) - self.drawn.log_prob(log_snr, schedule)).exp()
+
+
+def _inside(log_snr: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
+    return (log_snr / -2 >= math.log(sigma_min)) & (log_snr / -2 <= math.log(sigma_max))
+
+
+def _check_range(density: Density, sigma_min: float, sigma_max: float) -> None:
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"Found {density}; expected 0 < sigma_min < sigma_max.")

@@ -10,7 +10,7 @@ The network's call runs in whatever precision the Trainer sets; all else is floa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -22,13 +22,13 @@ from lightning_diffusion.preconditioning import Preconditioning
 from lightning_diffusion.recording import Recorded
 from lightning_diffusion.resume import RandomKey
 from lightning_diffusion.schedules import Schedule
-from lightning_diffusion.weightings import Setting, Space, Weighting
+from lightning_diffusion.weightings import Setting, Weighting
 
 Condition = Mapping[str, Tensor]
 
 
 class Report(NamedTuple):
-    """What a loss was made of: loss (), per_sample (B,) weighted, and the levels."""
+    """What a loss was made of: loss () as minimised, per_sample (B,) weighted, and the levels."""
 
     loss: Tensor
     per_sample: Tensor
@@ -91,45 +91,41 @@ class DiffusionObjective(Recorded, nn.Module):
     ) -> Report:
         """The loss with levels and noise given: traceable by torch.compile, no host synchronisation."""
         x0 = at_least_float32(x0)
-        output = self._output(network, level.diffuse(x0, noise), level, condition)
+        c_noise = self.preconditioning.c_noise(level)
+        output = self._output(network, level.diffuse(x0, noise), level, c_noise, condition)
         error = output - self.preconditioning.residual(x0, noise, level)
-        per_sample_loss = self.weight(level) * error.square().flatten(1).mean(1)
-        return Report(per_sample_loss.mean(), per_sample_loss, level)
+        weighted = self.weight(level) * error.square().flatten(1).mean(1)
+        minimised = self.weighting.combine(weighted, c_noise)
+        return Report(minimised.mean(), weighted, level)
 
     def denoise(
         self, network: nn.Module, x_t: Tensor, level: NoiseLevel, condition: Condition | None = None
     ) -> Tensor:
         """x_0_hat = E[x_0 | x_t] as the network has learned it, shape (B, ...), float32."""
         x_t = at_least_float32(x_t)
-        output = self._output(network, x_t, level, condition)
+        c_noise = self.preconditioning.c_noise(level)
+        output = self._output(network, x_t, level, c_noise, condition)
         return self.preconditioning.to_x0(output, x_t, level)
 
     def weight(self, level: NoiseLevel) -> Tensor:
         """The weight on the network's own squared error, carried from the space that it is stated in, shape (B,)."""
-        ratio = self._determinant(self.weighting.space, level) / self.preconditioning.output_determinant(
-            level
-        )
-        return self.weighting(level, self._setting) * ratio**2
+        weight = self.weighting(level, self._setting)
+        stated, own = self.weighting.space, self.preconditioning.output_space
+        if stated is not own:
+            D = self.preconditioning.determinant
+            weight = weight * (D(stated, level) / D(own, level)) ** 2
+        importance = self.density.importance(level.log_snr, self.schedule)
+        return weight if importance is None else weight * importance
 
     @property
     def _setting(self) -> Setting:
         return Setting(self.sigma_data, lambda log_snr: self.density.log_prob(log_snr, self.schedule))
 
-    def _determinant(self, space: Space, level: NoiseLevel) -> Tensor:
-        of: dict[Space, Callable[[NoiseLevel], Tensor]] = {
-            Space.DATA: lambda level: -level.sigma,
-            Space.NOISE: lambda level: level.alpha,
-            Space.RESIDUAL: self.preconditioning.residual_determinant,
-            Space.TARGET: self.preconditioning.target.determinant,
-        }
-        return of[space](level)
-
     def _output(
-        self, network: nn.Module, x_t: Tensor, level: NoiseLevel, condition: Condition | None
+        self, network: nn.Module, x_t: Tensor, level: NoiseLevel, c_noise: Tensor, condition: Condition | None
     ) -> Tensor:
-        c = self.preconditioning(level)
-        x = (per_sample(c.c_in, x_t) * x_t).to(_weight_dtype(network, x_t.dtype))
-        output: Tensor = network(x, c.c_noise, **(condition or {}))
+        x = (per_sample(self.preconditioning.c_in(level), x_t) * x_t).to(_weight_dtype(network, x_t.dtype))
+        output: Tensor = network(x, c_noise, **(condition or {}))
         return output.to(x_t.dtype)
 
 

@@ -11,15 +11,16 @@ and finite at alpha = 0 and sigma = 0: the target then only names the space of a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_diffusion.noise_level import NoiseLevel, per_sample
 from lightning_diffusion.schedules import DiscreteSchedule, LinearSchedule, Schedule
-from lightning_diffusion.targets import X0, Epsilon, Target
+from lightning_diffusion.targets import X0, Epsilon, Space, Target
 
 
 class Coefficients(NamedTuple):
@@ -70,10 +71,17 @@ class Preconditioning(ABC):
 
     target: Target
     sigma_data: float
+    c_noise: NoiseCoordinate
+    output_space: ClassVar[Space]
+    """What the network's own error is an error of."""
 
     @abstractmethod
     def __call__(self, level: NoiseLevel) -> Coefficients:
         """The coefficients at a level."""
+
+    @abstractmethod
+    def c_in(self, level: NoiseLevel) -> Tensor:
+        """The factor on x_t, shape (B,)."""
 
     @abstractmethod
     def residual(self, x0: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
@@ -84,16 +92,19 @@ class Preconditioning(ABC):
         """x_0_hat from the network's output, shape (B, ...)."""
 
     @abstractmethod
-    def output_determinant(self, level: NoiseLevel) -> Tensor:
-        """D of the network's output seen as a target: D_y / c_out, shape (B,)."""
-
-    @abstractmethod
     def check(self, schedule: Schedule) -> None:
         """Raise a ValueError if x_0 cannot be had from the output at some level of the schedule."""
 
-    def residual_determinant(self, level: NoiseLevel) -> Tensor:
-        """D of the unit-variance residual, -sqrt(V) / sigma_data, shape (B,)."""
-        return -level.variance(self.sigma_data).sqrt() / self.sigma_data
+    def determinant(self, space: Space, level: NoiseLevel) -> Tensor:
+        """D of a space (see `targets`): errors are proportional to it at fixed x_t, shape (B,)."""
+        of: dict[Space, Callable[[NoiseLevel], Tensor]] = {
+            Space.DATA: lambda level: -level.sigma,
+            Space.NOISE: lambda level: level.alpha,
+            Space.RATIO: lambda level: torch.ones_like(level.alpha),
+            Space.RESIDUAL: lambda level: -level.variance(self.sigma_data).sqrt() / self.sigma_data,
+            Space.TARGET: self.target.determinant,
+        }
+        return of[space](level)
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,7 @@ class EDMPreconditioning(Preconditioning):
     target: Target = field(default_factory=X0)
     sigma_data: float = 0.5
     c_noise: NoiseCoordinate = field(default_factory=LogSigma)
+    output_space = Space.RESIDUAL
 
     def __post_init__(self) -> None:
         _check_sigma_data(self.sigma_data)
@@ -117,11 +129,14 @@ class EDMPreconditioning(Preconditioning):
         sd, (p, q) = self.sigma_data, self.target.row(level)
         V = level.variance(sd)
         return Coefficients(
-            c_in=V.rsqrt(),
+            c_in=self.c_in(level),
             c_skip=(p * level.alpha * sd**2 + q * level.sigma) / V,
             c_out=-self.target.determinant(level) * sd * V.rsqrt(),
             c_noise=self.c_noise(level),
         )
+
+    def c_in(self, level: NoiseLevel) -> Tensor:
+        return level.variance(self.sigma_data).rsqrt()
 
     def residual(self, x0: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
         sd, scale = self.sigma_data, level.variance(self.sigma_data).rsqrt()
@@ -135,9 +150,6 @@ class EDMPreconditioning(Preconditioning):
             per_sample(level.alpha * sd**2 / V, x_t) * x_t
             + per_sample(level.sigma * sd * V.rsqrt(), x_t) * output
         )
-
-    def output_determinant(self, level: NoiseLevel) -> Tensor:
-        return self.residual_determinant(level)
 
     def check(self, schedule: Schedule) -> None:
         """Every schedule will do."""
@@ -156,6 +168,7 @@ class DDPMPreconditioning(Preconditioning):
     target: Target = field(default_factory=Epsilon)
     sigma_data: float = 1.0
     c_noise: NoiseCoordinate = field(default_factory=lambda: Timestep(LinearSchedule()))
+    output_space = Space.TARGET
 
     def __post_init__(self) -> None:
         _check_sigma_data(self.sigma_data)
@@ -164,14 +177,14 @@ class DDPMPreconditioning(Preconditioning):
         one = torch.ones_like(level.sigma)
         return Coefficients(c_in=one, c_skip=torch.zeros_like(one), c_out=one, c_noise=self.c_noise(level))
 
+    def c_in(self, level: NoiseLevel) -> Tensor:
+        return torch.ones_like(level.sigma)
+
     def residual(self, x0: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
         return self.target.of(x0, noise, level)
 
     def to_x0(self, output: Tensor, x_t: Tensor, level: NoiseLevel) -> Tensor:
         return self.target.to_x0(output, x_t, level)
-
-    def output_determinant(self, level: NoiseLevel) -> Tensor:
-        return self.target.determinant(level)
 
     def check(self, schedule: Schedule) -> None:
         if schedule.reaches_zero_snr and bool(self.target.determinant(schedule(torch.ones(1))) == 0):

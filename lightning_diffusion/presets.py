@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_diffusion.densities import Density, LogNormalSigma, UniformTime
+from lightning_diffusion.densities import Density, LogNormalSigma
 from lightning_diffusion.objective import DiffusionObjective
 from lightning_diffusion.preconditioning import DDPMPreconditioning, EDMPreconditioning, Timestep
 from lightning_diffusion.schedules import (
@@ -13,6 +13,7 @@ from lightning_diffusion.schedules import (
     Schedule,
 )
 from lightning_diffusion.targets import Epsilon, Target, V
+from lightning_diffusion.time_densities import UniformTime
 from lightning_diffusion.weightings import Constant, EDMWeighting, Weighting
 
 

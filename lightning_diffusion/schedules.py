@@ -1,71 +1,19 @@
-r"""Schedules: how signal and noise trade off along time.
-
-    t        time in [0, 1], 0 = least noise, 1 = most noise      shape (B,)
-    log_snr  ln(alpha^2 / sigma^2), falls with t                  shape (B,)
-
-A schedule is one process with two maps, `schedule(t)` and `schedule.at(log_snr)`. Its scaling is one of
-variance preserving (alpha^2 + sigma^2 = 1) or variance exploding (alpha = 1). Tables are float64.
-"""
+r"""Schedules: how signal and noise trade off along time (see `processes` for the convention). Tables are float64."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from lightning_diffusion.noise_level import NoiseLevel
-
-
-class Schedule(ABC):
-    """A noise process, defined by its log-SNR along time and its scaling."""
-
-    @abstractmethod
-    def log_snr(self, t: Tensor) -> Tensor:
-        """Log-SNR at time t in [0, 1], shape (B,) to (B,)."""
-
-    @abstractmethod
-    def at(self, log_snr: Tensor) -> NoiseLevel:
-        """The level of this process at a log-SNR; infinite ones are legal."""
-
-    @abstractmethod
-    def uniform_log_prob(self, log_snr: Tensor) -> Tensor:
-        """Log-density over log-SNR of a uniform t: -ln |d log_snr / dt|; -inf outside the range."""
-
-    def __call__(self, t: Tensor) -> NoiseLevel:
-        """The level at time t, shape (B,)."""
-        return self.at(self.log_snr(t))
-
-    def sampling_times(self, num_steps: int) -> Tensor:
-        """Times at which a sampler evaluates the denoiser, from noise to data, float64, shape (num_steps,)."""
-        return 1 - torch.arange(num_steps, dtype=torch.float64) / num_steps
-
-    def sampling_levels(self, num_steps: int) -> NoiseLevel:
-        """Levels of `sampling_times` followed by clean data, float64, both of shape (num_steps + 1,)."""
-        level = self(self.sampling_times(num_steps))
-        return NoiseLevel(torch.cat([level.alpha, torch.ones(1)]), torch.cat([level.sigma, torch.zeros(1)]))
-
-    @property
-    def reaches_zero_snr(self) -> bool:
-        """Whether the data are gone altogether at t = 1 (zero terminal SNR)."""
-        return bool(self(torch.ones(1, dtype=torch.float64)).alpha == 0)
-
-
-class VariancePreserving(Schedule):
-    """alpha^2 + sigma^2 = 1."""
-
-    def at(self, log_snr: Tensor) -> NoiseLevel:
-        return NoiseLevel(log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt())
-
-
-class VarianceExploding(Schedule):
-    """alpha = 1."""
-
-    def at(self, log_snr: Tensor) -> NoiseLevel:
-        return NoiseLevel(torch.ones_like(log_snr), (-log_snr / 2).exp())
+from lightning_diffusion.processes import Schedule as Schedule
+from lightning_diffusion.processes import StraightPath, VarianceExploding, VariancePreserving
 
 
 @dataclass(frozen=True)
@@ -94,6 +42,10 @@ class EDMSchedule(VarianceExploding):
         low, high = self._ends
         return -2 * self.rho * (low + t * (high - low)).log()
 
+    def time(self, log_snr: Tensor) -> Tensor:
+        low, high = self._ends
+        return ((log_snr / (-2 * self.rho)).exp() - low) / (high - low)
+
     def uniform_log_prob(self, log_snr: Tensor) -> Tensor:
         low, high = self._ends
         inside = (log_snr / -2 <= math.log(self.sigma_max)) & (log_snr / -2 >= math.log(self.sigma_min))
@@ -104,6 +56,85 @@ class EDMSchedule(VarianceExploding):
         return torch.linspace(1, 0, num_steps, dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class GeometricSchedule(VarianceExploding):
+    """ln sigma linear in t from sigma_min to sigma_max (Song et al. 2021, "VE").
+
+    Raises:
+        ValueError: unless 0 < sigma_min < sigma_max.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"Found {self}; expected 0 < sigma_min < sigma_max.")
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -2 * (math.log(self.sigma_min) + t * math.log(self.sigma_max / self.sigma_min))
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        return (log_snr / -2 - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
+
+    def uniform_log_prob(self, log_snr: Tensor) -> Tensor:
+        inside = (log_snr / -2 <= math.log(self.sigma_max)) & (log_snr / -2 >= math.log(self.sigma_min))
+        height = -math.log(2 * math.log(self.sigma_max / self.sigma_min))
+        return torch.full_like(log_snr, height).where(inside, -math.inf)
+
+    def sampling_times(self, num_steps: int) -> Tensor:
+        return torch.linspace(1, 0, num_steps, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class ContinuousCosineSchedule(VariancePreserving):
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): pure data at t = 0, pure noise at t = 1 (Salimans & Ho 2022)."""
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -2 * (math.pi / 2 * t).tan().log()
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        return (-log_snr / 2).exp().atan() * 2 / math.pi
+
+    def uniform_log_prob(self, log_snr: Tensor) -> Tensor:
+        return -math.log(2 * math.pi) - _log_cosh(log_snr / 2)
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        return NoiseLevel((math.pi / 2 * (1 - t)).sin(), (math.pi / 2 * t).sin())
+
+
+@dataclass(frozen=True)
+class FlowSchedule(StraightPath):
+    """alpha = 1 - t', sigma = t', t' = shift t / (1 + (shift - 1) t) (Lipman et al. 2023; Esser et al. 2024, eq. 23).
+
+    Args:
+        shift: above 1 moves time to more noise, as larger images want: log-SNR falls by 2 ln(shift).
+
+    Raises:
+        ValueError: unless shift > 0.
+    """
+
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.shift > 0:
+            raise ValueError(f"Found {self}; expected shift > 0.")
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        total = 1 + (self.shift - 1) * t
+        return NoiseLevel((1 - t) / total, self.shift * t / total)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return 2 * ((1 - t).log() - t.log() - math.log(self.shift))
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        return (-log_snr / 2 - math.log(self.shift)).sigmoid()
+
+    def uniform_log_prob(self, log_snr: Tensor) -> Tensor:
+        half = log_snr / 2 + math.log(self.shift)
+        return logsigmoid(half) + logsigmoid(-half) - math.log(2)
+
+
 class DiscreteSchedule(VariancePreserving):
     """A table of num_steps levels, t = 1..num_steps in the papers, index t - 1 here.
 
@@ -112,7 +143,7 @@ class DiscreteSchedule(VariancePreserving):
         zero_terminal_snr: rescale so that the last level is pure noise (Lin et al. 2024, algorithm 1).
 
     Raises:
-        ValueError: for fewer than two steps, or betas outside (0, 1).
+        ValueError: for fewer than two steps, or unless 0 < beta_min < beta_max < 1.
     """
 
     num_steps: int
@@ -125,8 +156,9 @@ class DiscreteSchedule(VariancePreserving):
     def __post_init__(self) -> None:
         if self.num_steps < 2:
             raise ValueError(f"Found num_steps={self.num_steps}; expected at least 2.")
-        if not bool(((self.plain_betas() > 0) & (self.plain_betas() < 1)).all()):
-            raise ValueError(f"Found a beta outside (0, 1) in {self}; expected 0 < beta_min < beta_max < 1.")
+        low, high = getattr(self, "beta_min", 1e-9), getattr(self, "beta_max", 0.999)
+        if not 0 < low < high < 1:
+            raise ValueError(f"Found {self}; expected 0 < beta_min < beta_max < 1.")
 
     @cached_property
     def betas(self) -> Tensor:
@@ -150,6 +182,11 @@ class DiscreteSchedule(VariancePreserving):
 
     def log_snr(self, t: Tensor) -> Tensor:
         return self.log_snrs.to(t.device)[self.index(t)]
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        finite = self.log_snrs.clamp(min=-1e3).to(log_snr)
+        entry = torch.searchsorted(-(finite[:-1] + finite[1:]) / 2, -log_snr)
+        return (entry.to(log_snr) + 0.5) / self.num_steps
 
     def uniform_log_prob(self, log_snr: Tensor) -> Tensor:
         """Each entry's mass 1/T spread over its cell, which reaches half-way to its neighbours."""
@@ -181,9 +218,47 @@ class LinearSchedule(DiscreteSchedule):
     zero_terminal_snr: bool = False
 
     def plain_betas(self) -> Tensor:
-        if not self.beta_min < self.beta_max:
-            raise ValueError(f"Found {self}; expected beta_min < beta_max.")
-        return torch.linspace(self.beta_min, self.beta_max, self.num_steps, dtype=torch.float64)
+        return _ramp(self, self.beta_min, self.beta_max)
+
+
+@dataclass(frozen=True)
+class ScaledLinearSchedule(DiscreteSchedule):
+    """sqrt(beta) linear in t (Rombach et al. 2022, latent diffusion)."""
+
+    num_steps: int = 1000
+    beta_min: float = 0.00085
+    beta_max: float = 0.012
+    zero_terminal_snr: bool = False
+
+    def plain_betas(self) -> Tensor:
+        return _ramp(self, self.beta_min**0.5, self.beta_max**0.5) ** 2
+
+
+@dataclass(frozen=True)
+class ExponentialSchedule(DiscreteSchedule):
+    """ln beta linear in t."""
+
+    num_steps: int = 1000
+    beta_min: float = 1e-4
+    beta_max: float = 0.02
+    zero_terminal_snr: bool = False
+
+    def plain_betas(self) -> Tensor:
+        return _ramp(self, math.log(self.beta_min), math.log(self.beta_max)).exp()
+
+
+@dataclass(frozen=True)
+class SigmoidSchedule(DiscreteSchedule):
+    """beta a sigmoid of t over [-6, 6] (Xu et al. 2022, GeoDiff)."""
+
+    num_steps: int = 1000
+    beta_min: float = 1e-4
+    beta_max: float = 0.02
+    zero_terminal_snr: bool = False
+
+    def plain_betas(self) -> Tensor:
+        rise = torch.linspace(-6, 6, self.num_steps, dtype=torch.float64).sigmoid()
+        return self.beta_min + rise * (self.beta_max - self.beta_min)
 
 
 @dataclass(frozen=True)
@@ -197,6 +272,14 @@ class CosineSchedule(DiscreteSchedule):
         t = torch.arange(self.num_steps + 1, dtype=torch.float64) / self.num_steps
         abar = ((t + 0.008) / 1.008 * math.pi / 2).cos() ** 2
         return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+
+
+def _ramp(schedule: DiscreteSchedule, first: float, last: float) -> Tensor:
+    return torch.linspace(first, last, schedule.num_steps, dtype=torch.float64)
+
+
+def _log_cosh(x: Tensor) -> Tensor:
+    return x.abs() + (-2 * x.abs()).exp().log1p() - math.log(2)
 
 
 def _with_zero_terminal_snr(betas: Tensor) -> Tensor:

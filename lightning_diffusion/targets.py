@@ -10,11 +10,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import torch
 from torch import Tensor
 
 from lightning_diffusion.noise_level import NoiseLevel, per_sample
+
+
+class Space(Enum):
+    """Whose squared error is meant: see `weightings`."""
+
+    DATA = auto()
+    NOISE = auto()
+    RATIO = auto()
+    RESIDUAL = auto()
+    TARGET = auto()
 
 
 class Target(ABC):
@@ -75,3 +86,19 @@ class V(Target):
 
     def row(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         return -level.sigma, level.alpha
+
+
+@dataclass(frozen=True)
+class Score(Target):
+    """The score of x_t given x_0, -eps / sigma (Song et al. 2021); infinite at sigma = 0."""
+
+    def row(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(level.alpha), -1 / level.sigma
+
+
+@dataclass(frozen=True)
+class Flow(Target):
+    """The velocity of the straight path, eps - x_0 (Lipman et al. 2023)."""
+
+    def row(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(level.alpha), torch.ones_like(level.alpha)

@@ -12,6 +12,21 @@ SCHEDULES = [
     ld.LinearSchedule(zero_terminal_snr=True),
     ld.CosineSchedule(),
     ld.CosineSchedule(zero_terminal_snr=True),
+    ld.ScaledLinearSchedule(),
+    ld.ExponentialSchedule(),
+    ld.SigmoidSchedule(zero_terminal_snr=True),
+    ld.ContinuousCosineSchedule(),
+    ld.GeometricSchedule(),
+    ld.FlowSchedule(),
+    ld.FlowSchedule(shift=3.0),
+]
+PURE_NOISE_AT_THE_END = [
+    ld.LinearSchedule(zero_terminal_snr=True),
+    ld.CosineSchedule(zero_terminal_snr=True),
+    ld.SigmoidSchedule(zero_terminal_snr=True),
+    ld.ContinuousCosineSchedule(),
+    ld.FlowSchedule(),
+    ld.FlowSchedule(shift=3.0),
 ]
 DISCRETE = [schedule for schedule in SCHEDULES if isinstance(schedule, ld.DiscreteSchedule)]
 DENSITIES = [
@@ -19,9 +34,35 @@ DENSITIES = [
     ld.LogNormalSigma(mean=0.4, std=0.7),
     ld.UniformTime(),
     ld.UniformTime(ld.CosineSchedule()),
+    ld.UniformSigma(),
+    ld.LogUniformSigma(0.01, 5.0),
+    ld.Truncated(ld.LogNormalSigma(), -4.0, 6.0),
+    ld.Importance(ld.LogNormalSigma(std=1.5), ld.LogNormalSigma()),
+    ld.LogitNormalTime(),
+    ld.LogitNormalTime(mean=-0.5, std=0.6),
+    ld.NormalTime(),
+    ld.CosMapTime(),
+    ld.ModeTime(),
+    ld.ModeTime(scale=-0.5),
 ]
-TARGETS = [ld.X0(), ld.Epsilon(), ld.V()]
-WEIGHTINGS = [ld.Constant(), ld.EDMWeighting()]
+TARGETS = [ld.X0(), ld.Epsilon(), ld.V(), ld.Score(), ld.Flow()]
+WEIGHTINGS = [
+    ld.Constant(),
+    ld.EDMWeighting(),
+    ld.P2(),
+    ld.P2(gamma=0.5),
+    ld.SNRPower(),
+    ld.SNRPower(gamma=0.5),
+    ld.MinSNR(),
+    ld.MaxSNR(),
+    ld.SNRClip(),
+    ld.LogSNR(),
+    ld.SoftMinSNR(),
+    ld.Debiased(),
+    ld.Sigmoid(),
+    ld.Sigmoid(bias=-2.0),
+    ld.Uncertainty(),
+]
 PRECONDITIONINGS = [
     *(ld.EDMPreconditioning(target, sigma_data) for target in TARGETS for sigma_data in (0.5, 1.0, 3.0)),
     *(ld.DDPMPreconditioning(target) for target in TARGETS),
@@ -55,10 +96,7 @@ FAMILIES = {
 
 def refused(schedule: ld.Schedule, preconditioning: ld.Preconditioning) -> bool:
     """Whether the constructor of the objective has to refuse the pair: no data in the target at zero SNR."""
-    plain_noise = (
-        isinstance(preconditioning, ld.DDPMPreconditioning) and preconditioning.target == ld.Epsilon()
-    )
-    return plain_noise and schedule in (
-        ld.LinearSchedule(zero_terminal_snr=True),
-        ld.CosineSchedule(zero_terminal_snr=True),
+    plain = isinstance(preconditioning, ld.DDPMPreconditioning)
+    return (
+        plain and preconditioning.target in (ld.Epsilon(), ld.Score()) and schedule in PURE_NOISE_AT_THE_END
     )

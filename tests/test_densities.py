@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import lightning_diffusion as ld
 
+ONE_OF_EACH_KIND = [ld.EDMSchedule(), ld.LinearSchedule(), ld.FlowSchedule(), ld.ContinuousCosineSchedule()]
 CONTINUOUS = [schedule for schedule in SCHEDULES if schedule not in DISCRETE]
 
 
@@ -20,20 +21,22 @@ def test_log_prob_is_the_slope_of_the_quantile(density, schedule):
     """d u / d log_snr = -p(log_snr), by automatic differentiation."""
     u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64, requires_grad=True)
     log_snr = density.quantile(u, schedule)
+    if not log_snr.requires_grad:
+        pytest.skip("time of a table")
     (slope,) = torch.autograd.grad(log_snr.sum(), u)
-    assert_close(density.log_prob(log_snr.detach(), schedule), -(-slope).log())
+    assert_close(density.log_prob(log_snr.detach(), schedule), -(-slope).log(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("density", DENSITIES, ids=repr)
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("schedule", ONE_OF_EACH_KIND, ids=repr)
 def test_log_prob_integrates_to_one(density, schedule):
-    log_snr = torch.linspace(-60, 60, 2_000_001, dtype=torch.float64)
+    log_snr = torch.linspace(-60, 60, 100_001, dtype=torch.float64)
     mass = torch.trapezoid(density.log_prob(log_snr, schedule).exp(), log_snr)
     assert mass == pytest.approx(1, abs=3e-3)
 
 
 @pytest.mark.parametrize("density", DENSITIES, ids=repr)
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("schedule", ONE_OF_EACH_KIND, ids=repr)
 def test_noise_rises_with_u(density, schedule):
     u = torch.linspace(1e-12, 1 - 1e-12, 1001, dtype=torch.float64)
     log_snr = density.quantile(u, schedule)
@@ -129,6 +132,71 @@ def test_ranks_have_noise_of_their_own():
     assert not torch.equal(*noises)
 
 
-def test_negative_deviation_is_refused():
-    with pytest.raises(ValueError, match="std > 0"):
-        ld.LogNormalSigma(std=0.0)
+@pytest.mark.parametrize("density", DENSITIES, ids=repr)
+def test_share_above_is_the_inverse_of_the_quantile(density):
+    u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    schedule = ld.EDMSchedule()
+    if isinstance(getattr(density, "schedule", None), ld.DiscreteSchedule):
+        u = ((u * 1000).floor() + 1) / 1000  # a table is a staircase: its upper edges
+        assert_close(density.share_above(density.quantile(u - 5e-4, schedule) - 1e-9, schedule), u)
+    else:
+        assert_close(density.share_above(density.quantile(u, schedule), schedule), u)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "schedules"),
+    [
+        (ld.LogNormalSigma(-0.4, 0.5), ld.LogitNormalTime(-0.4, 0.5), [ld.FlowSchedule()]),
+        (ld.UniformTime(ld.ContinuousCosineSchedule()), ld.CosMapTime(), [ld.FlowSchedule()]),
+        (ld.LogUniformSigma(0.01, 50.0), ld.UniformTime(ld.GeometricSchedule()), [ld.EDMSchedule()]),
+        (ld.UniformSigma(0.1, 10.0), ld.UniformTime(), [ld.EDMSchedule(0.1, 10.0, rho=1.0)]),
+        (ld.ModeTime(scale=0.0), ld.UniformTime(), [ld.FlowSchedule(2.0)]),
+    ],
+)
+def test_densities_that_the_literature_calls_the_same_are(one, other, schedules):
+    u = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    for schedule in schedules:
+        log_snr = one.quantile(u, schedule)
+        assert_close(other.quantile(u, schedule), log_snr)
+        assert_close(other.log_prob(log_snr, schedule), one.log_prob(log_snr, schedule))
+
+
+def test_importance_weights_average_to_one_and_stand_for_the_intended_density():
+    drawn, intended = ld.LogNormalSigma(std=1.5), ld.LogNormalSigma()
+    density, schedule = ld.Importance(drawn, intended), ld.EDMSchedule()
+    log_snr = density.quantile((torch.arange(100_000).double() + 0.5) / 100_000, schedule)
+    weight = density.importance(log_snr, schedule)
+    direct = intended.quantile((torch.arange(100_000).double() + 0.5) / 100_000, schedule)
+    assert weight.mean().item() == pytest.approx(1, abs=1e-3)
+    assert (weight * log_snr.sigmoid()).mean().item() == pytest.approx(
+        direct.sigmoid().mean().item(), rel=1e-3
+    )
+
+
+def test_truncation_keeps_draws_inside():
+    density = ld.Truncated(ld.LogNormalSigma(), -1.0, 2.0)
+    log_snr = density.quantile(torch.linspace(0, 1, 101).double().clamp(1e-12, 1 - 1e-12), ld.EDMSchedule())
+    assert log_snr.min() >= -1 - 1e-6
+    assert log_snr.max() <= 2 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ld.LogNormalSigma(std=0.0), "std > 0"),
+        (lambda: ld.LogitNormalTime(std=-1.0), "std > 0"),
+        (lambda: ld.NormalTime(std=0.0), "std > 0"),
+        (lambda: ld.UniformSigma(2.0, 1.0), "sigma_min < sigma_max"),
+        (lambda: ld.LogUniformSigma(0.0, 1.0), "0 < sigma_min"),
+        (lambda: ld.ModeTime(scale=2.0), "2 / .pi - 2. = 1.7519"),
+        (
+            lambda: ld.Truncated(ld.LogUniformSigma(0.1, 1.0), 30.0, 40.0).draw(
+                4, ld.EDMSchedule(), ld.RandomKey()
+            ),
+            "no mass between log-SNR 30.0 and 40.0",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -69,11 +69,9 @@ def test_gaussian_data_come_out_with_their_mean_and_deviation(sampler, schedule)
     assert_close(drawn.std(0), STD, rtol=0.03, atol=0)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("schedule", [SCHEDULES[0], SCHEDULES[2], ld.FlowSchedule()], ids=repr)
 def test_heun_is_of_second_order(schedule):
     """Halving the steps of a smooth problem divides Euler's error by 2 and Heun's by 4, from some step on."""
-    if schedule.reaches_zero_snr:
-        pytest.skip("the first step of a process that starts at pure noise is of first order")
     noise = torch.randn(64, 3, generator=torch.Generator().manual_seed(4)).double()
 
     class Middle(type(schedule)):
@@ -84,7 +82,7 @@ def test_heun_is_of_second_order(schedule):
             return self.at(log_snr)
 
     draw = lambda sampler: sampler(gaussian_denoiser(MEAN, STD), noise, Middle())  # noqa: E731
-    exact = draw(ld.Heun(2000))
+    exact = draw(ld.Heun(1000))
     errors = {kind: [(draw(kind(n)) - exact).norm().item() for n in (40, 80)] for kind in (ld.Euler, ld.Heun)}
     assert errors[ld.Euler][0] / errors[ld.Euler][1] == pytest.approx(2, rel=0.1)
     assert errors[ld.Heun][0] / errors[ld.Heun][1] == pytest.approx(4, rel=0.1)

@@ -11,7 +11,13 @@ from torch.testing import assert_close
 import lightning_diffusion as ld
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "beta_schedules.json").read_text())
-TABLES = {"linear": ld.LinearSchedule, "squaredcos_cap_v2": ld.CosineSchedule}
+TABLES = {
+    "linear": ld.LinearSchedule,
+    "scaled_linear": ld.ScaledLinearSchedule,
+    "squaredcos_cap_v2": ld.CosineSchedule,
+    "exponential": ld.ExponentialSchedule,
+    "sigmoid": ld.SigmoidSchedule,
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -21,6 +27,8 @@ def test_tables_agree_with_reference(name):
     schedule = TABLES[name]()
     assert_close(schedule.betas[index], torch.tensor(rows["beta"]).double(), rtol=1e-4, atol=0)
     assert_close(schedule.alphas_cumprod[index], torch.tensor(rows["alpha_bar"]).double(), rtol=1e-4, atol=0)
+    if "ztsnr_alpha_bar" not in rows:
+        return
     rescaled = TABLES[name](zero_terminal_snr=True).alphas_cumprod
     assert_close(rescaled[index], torch.tensor(rows["ztsnr_alpha_bar"]).double(), rtol=1e-4, atol=1e-12)
 
@@ -39,8 +47,26 @@ def test_noise_grows_along_time_and_log_snr_is_the_coordinate(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_scaling_is_kept(schedule):
     level = schedule.at(torch.linspace(-30, 30, 61, dtype=torch.float64))
-    norm = level.alpha if isinstance(schedule, ld.EDMSchedule) else level.alpha**2 + level.sigma**2
+    norms = {
+        ld.VariancePreserving: level.alpha**2 + level.sigma**2,
+        ld.VarianceExploding: level.alpha,
+        ld.StraightPath: level.alpha + level.sigma,
+    }
+    (norm,) = [norm for scaling, norm in norms.items() if isinstance(schedule, scaling)]
     assert_close(norm, torch.ones_like(norm))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_time_is_the_inverse_of_log_snr(schedule):
+    n = getattr(schedule, "num_steps", 500)
+    t = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    assert_close(schedule.time(schedule.log_snr(t)), t)
+
+
+def test_flow_shift_is_a_shift_of_log_snr():
+    t = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    shift = ld.FlowSchedule()(t).log_snr - ld.FlowSchedule(shift=3.0)(t).log_snr
+    assert_close(shift, torch.full_like(t, 2 * torch.tensor(3.0).double().log().item()))
 
 
 @pytest.mark.parametrize("schedule", DISCRETE, ids=repr)
@@ -100,9 +126,12 @@ def test_more_sampling_steps_than_entries_are_refused(schedule):
         (lambda: ld.EDMSchedule(sigma_min=1.0, sigma_max=0.5), "0 < sigma_min < sigma_max"),
         (lambda: ld.EDMSchedule(rho=0.0), "rho > 0"),
         (lambda: ld.LinearSchedule(beta_min=0.1, beta_max=0.01), "beta_min < beta_max"),
-        (lambda: ld.LinearSchedule(beta_max=1.5), r"outside \(0, 1\)"),
-        (lambda: ld.LinearSchedule(beta_min=-0.1), r"outside \(0, 1\)"),
+        (lambda: ld.LinearSchedule(beta_max=1.5), "beta_max < 1"),
+        (lambda: ld.LinearSchedule(beta_min=-0.1), "0 < beta_min"),
         (lambda: ld.CosineSchedule(num_steps=1), "at least 2"),
+        (lambda: ld.GeometricSchedule(sigma_min=2.0, sigma_max=1.0), "0 < sigma_min < sigma_max"),
+        (lambda: ld.FlowSchedule(shift=0.0), "shift > 0"),
+        (lambda: ld.ExponentialSchedule(beta_min=0.0), "0 < beta_min"),
     ],
 )
 def test_bad_arguments_are_named(make, message):
