@@ -58,25 +58,32 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-@torch.no_grad()
-def lerp_(averages: Sequence[Tensor], weights: Sequence[Tensor], share: Scalar) -> None:
-    """averages += share (weights - averages), in place, on local shards and without synchronisation."""
+class Pairs(NamedTuple):
+    """Averages and weights, local shards: those of one dtype apart from those that have to be converted."""
+
+    averages: list[Tensor]
+    weights: list[Tensor]
+    converted: list[tuple[Tensor, Tensor]]
+
+
+def pair(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> Pairs:
+    """Sort averages and the weights that belong to them."""
     pairs = [(local(a), local(w)) for a, w in zip(averages, weights, strict=True)]
     alike = [(a, w) for a, w in pairs if a.dtype == w.dtype]
-    for a, w in pairs:
-        if a.dtype != w.dtype:
-            a.lerp_(w.to(a.dtype), share if isinstance(share, float) else share.to(a.dtype))
-    if alike:
-        _foreach_lerp_([a for a, _ in alike], [w for _, w in alike], share)
+    return Pairs([a for a, _ in alike], [w for _, w in alike], [p for p in pairs if p[0].dtype != p[1].dtype])
 
 
-def _foreach_lerp_(averages: list[Tensor], weights: list[Tensor], share: Scalar) -> None:
-    if isinstance(share, float):
-        torch._foreach_lerp_(averages, weights, share)
-    else:
-        change = torch._foreach_sub(weights, averages)
+@torch.no_grad()
+def lerp_(pairs: Pairs, share: Scalar) -> None:
+    """averages += share (weights - averages), in place and without synchronisation."""
+    for a, w in pairs.converted:
+        a.lerp_(w.to(a.dtype), share if isinstance(share, float) else share.to(a.dtype))
+    if pairs.averages and isinstance(share, float):
+        torch._foreach_lerp_(pairs.averages, pairs.weights, share)
+    elif pairs.averages:
+        change = torch._foreach_sub(pairs.weights, pairs.averages)
         torch._foreach_mul_(change, share)
-        torch._foreach_add_(averages, change)
+        torch._foreach_add_(pairs.averages, change)
 
 
 class Average:
@@ -100,6 +107,8 @@ class Average:
     ) -> None:
         self.profile, self.shadows, self.parameters = profile, list(shadows), list(parameters)
         self.every, self.start = every, start
+        sharded = any(isinstance(x, DTensor) for x in (*self.shadows, *self.parameters))
+        self._pairs = None if sharded else pair(self.shadows, self.parameters)
         self.steps, self.elapsed, self.stride = 0, 0.0, 1.0
         self.skipped: Scalar = 0.0
         self.kept: Scalar = 1.0
@@ -110,7 +119,11 @@ class Average:
         if self.every > 1 and self.block is None:
             self.block = block = self._plan()
             if block.share > 0:
-                lerp_(self.shadows, self.parameters, (1 - block.kept) * block.share / block.early)
+                self._move((1 - block.kept) * block.share / block.early)
+
+    def _move(self, share: Scalar) -> None:
+        """Shards are looked up at every move, since FSDP may put others in their place."""
+        lerp_(self._pairs or pair(self.shadows, self.parameters), share)
 
     def _plan(self) -> Block:
         if self.steps < self.start:
@@ -122,7 +135,7 @@ class Average:
         self.steps += 1
         self.kept = self.kept * self._beta(images, found_inf) if self.steps > self.start else 0.0
         if self.steps % self.every == 0:
-            lerp_(self.shadows, self.parameters, self._end_share())
+            self._move(self._end_share())
             self.kept, self.block = 1.0, None
 
     def _beta(self, images: float, found_inf: Tensor | None) -> Scalar:

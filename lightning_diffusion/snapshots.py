@@ -28,7 +28,7 @@ Storage = Literal["float32", "float16", "difference"]
 
 BASE_EVERY = 8
 BYTES = {"float32": 4.0, "float16": 2.0, "difference": (4 + 2 * (BASE_EVERY - 1)) / BASE_EVERY}
-CHUNK = 1 << 14
+CHUNK = 1 << 13
 LEVELS = 32767
 
 
@@ -216,13 +216,11 @@ def _combine(parts: Sequence[Tensor], shares: Tensor, whole: Tensor, reference: 
     """shares (m, n) @ parts (n, ...) flattened, chunk by chunk so that a chunk stays in the cache."""
     flat = [part.reshape(-1) for part in parts]
     out = torch.empty(len(shares), flat[0].numel())
+    buffer = torch.empty(len(flat), min(CHUNK, flat[0].numel()))
     for start in range(0, flat[0].numel(), CHUNK):
-        rows = torch.stack([part[start : start + CHUNK].float() for part in flat])
+        chunk = out[:, start : start + CHUNK]
+        rows = buffer[:, : chunk.shape[1]]
+        torch.stack([part[start : start + CHUNK].float() for part in flat], out=rows)
         centre = rows[reference].clone()
-        torch.addmm(
-            centre.expand(len(shares), -1),
-            shares,
-            rows.addcmul_(whole, centre, value=-1),
-            out=out[:, start : start + CHUNK],
-        )
+        chunk.copy_(torch.addmm(centre, shares, rows.addcmul_(whole, centre, value=-1)))
     return out
