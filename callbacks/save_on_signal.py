@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -40,9 +42,18 @@ class SaveOnSignal(Callback):
         self.dirpath = dirpath
         self.filename = filename
         self.path: Path | None = None
+        self.status: int | None = None
         self._received: int | None = None
         self._previous: dict[int, Any] = {}
         self._owner = os.getpid()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            shielding.workers = True
+            shielding.register()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        shielding.workers = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._received, self._owner = None, os.getpid()
@@ -68,12 +79,14 @@ class SaveOnSignal(Callback):
         stopped = self._received is not None or isinstance(exception, SIGTERMException)
         if stopped and _is_between_batches(trainer):
             self._save(trainer)
+            self.status = 128 + (self._received or signal.SIGTERM)
             atexit.register(_leave_process_group)
         self._give_signals_back()
+        shielding.workers = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
-            return  # a data loader's worker: the parent decides
+            return  # a forked process: the parent decides
         if number == signal.SIGINT and self._received is not None:
             os._exit(128 + signal.SIGINT)
         self._received = self._received or number
@@ -105,6 +118,41 @@ class SaveOnSignal(Callback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+class _Shielding:
+    """While a run lasts, data-loader workers do not hear the two signals, which may come to all processes at once.
+
+    A worker that died of one would take the batch along that is being finished. As they do not hear Python's call to
+    end either, they are killed at exit; without a parent they end by themselves.
+    """
+
+    def __init__(self) -> None:
+        self.workers = False
+        self._registered = False
+
+    def register(self) -> None:
+        if not self._registered:
+            os.register_at_fork(after_in_child=self._in_child)
+            atexit.register(_kill_workers)
+            self._registered = True
+
+    def _in_child(self) -> None:
+        frame: FrameType | None = sys._getframe()
+        while self.workers and frame is not None:
+            if frame.f_globals.get("__name__") == "torch.utils.data.dataloader":
+                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+                break
+            frame = frame.f_back
+
+
+shielding = _Shielding()
+
+
+def _kill_workers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _hears_signals(trainer: Trainer) -> bool:

@@ -44,9 +44,9 @@ class Signal(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def fit(folder, *callbacks, resume=None, **options):
+def fit(folder, *callbacks, resume=None, module=None, **options):
     torch.manual_seed(0)
-    module = Counting()
+    module = module or Counting()
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=EPOCHS,
@@ -146,6 +146,35 @@ def test_the_process_ends_with_the_status_of_its_signal(tmp_path, signals, statu
     assert ended.returncode == status, ended.stderr
     assert "Finishing the batch" in ended.stderr
     assert (tmp_path / "last.ckpt").exists() == (len(signals) == 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_start"])
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_to_the_workers_too_changes_nothing(tmp_path, hook, name, status):
+    """Terminals signal the whole group, schedulers every process of a job."""
+    script = f"""
+    import os, signal, sys, time
+    sys.path.insert(0, {os.path.dirname(__file__)!r})
+    from test_save_on_signal import Callback, Counting, DataLoader, SaveOnSignal, fit, torch
+    class Loading(Counting):
+        def train_dataloader(self):
+            return DataLoader(torch.ones(6, 32), num_workers=2)
+        def val_dataloader(self):
+            return DataLoader(torch.ones(4, 32), num_workers=2)
+    class ToAll(Callback):
+        def {hook}(self, trainer, *_):
+            if trainer.global_step >= 2:
+                os.killpg(os.getpgrp(), signal.{name})
+                time.sleep(1)
+    fit({str(tmp_path)!r}, ToAll(), SaveOnSignal({str(tmp_path)!r}), module=Loading(), val_check_interval=3)
+    """
+    line = [sys.executable, "-c", textwrap.dedent(script)]
+    ended = subprocess.run(
+        line, capture_output=True, text=True, check=False, start_new_session=True, timeout=120
+    )
+    assert ended.returncode == status, ended.stderr
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
 
 
 @pytest.mark.slow

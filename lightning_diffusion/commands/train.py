@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -222,10 +223,17 @@ class DiffusionCLI(LightningCLI):
         drawn = self.trainer.predict(**kwargs)
         print(write_images(self.own["out"], _with_labels(drawn, self.trainer.predict_dataloaders)))
 
+    def _leave_if_stopped(self) -> None:
+        """A stopped run has its checkpoint, whatever then broke, such as a worker that was stopped too."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SaveOnSignal) and callback.status is not None:
+                sys.exit(callback.status)
+
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
         except BaseException:
+            self._leave_if_stopped()
             if self._is_new_folder and self.folder and not self.trainer.global_step:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
