@@ -17,10 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]
-    rank_zero_info,
-    rank_zero_warn,
-)
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_diffusion.averager import ModelAverages, parameters_to_average, state_of_weight_averaging
@@ -72,7 +69,7 @@ class EMA(Callback):
         self._module: LightningModule | None = None
         self._loaded: dict[str, Any] | None = None
         self._swap: Swap | None = None
-        self._global_step = 0
+        self._global_step, self._warned = 0, False
 
     @property
     def state_key(self) -> str:
@@ -172,6 +169,16 @@ class EMA(Callback):
             self._global_step, self._running.images = trainer.global_step, 0
             if self._recorder is not None:
                 self._recorder.after_step()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._running is not None and not self._warned:
+            late = self._running.left_out(parameters_to_average(pl_module, self.only))
+            self._warned = bool(late)
+            if late:
+                rank_zero_warn(
+                    f"{late[0]!r} and {len(late) - 1} others are trained only since after the start of fit: they are "
+                    "evaluated as they are, not averaged. A new call of fit begins averages of all."
+                )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorder is not None:

@@ -71,6 +71,7 @@ _PUBLIC = {
     "resume": ["RandomKey", "ResumableSampler"],
     "io": ["AtomicCheckpointIO"],
     "averaging": ["load_averaged"],
+    "recorder": ["Snapshots"],
     "profiles": ["FixedDecay", "HalfLife", "InverseGamma", "PowerFunction", "Profile", "RatioWarmup"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}

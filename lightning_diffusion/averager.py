@@ -72,6 +72,11 @@ class ModelAverages:
         (average,) = [part[name] for part in self._parts if part[name].parameters]
         return average.elapsed - float(average.skipped)
 
+    def left_out(self, parameters: Mapping[str, Tensor]) -> list[str]:
+        """Names of parameters that an optimizer has begun to move since the averages were made."""
+        moved = set().union(*(_held_by(optimizer, parameters) for optimizer in self.optimizers))
+        return [name for name in parameters if name in moved and name not in self.parameters]
+
     def follow(self) -> None:
         """Move with every coming step of the optimizers."""
         for optimizer, part in zip(self.optimizers, self._parts, strict=True):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from foreign import Classifier, NaiveEMA, averages, fit, points, same
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.plugins.precision import MixedPrecision
 from sync_counter import SyncCounter
 from torch import nn
@@ -192,3 +193,16 @@ def test_sparse_parameters_are_refused_by_name():
 def test_impossible_numbers_of_steps_are_refused(options):
     with pytest.raises(ValueError, match=r"has to be at least 1 and .* at least 0 optimizer steps"):
         EMA(**options)
+
+
+def test_parameters_that_are_unfrozen_later_are_named():
+    class Unfreezing(BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.head)
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.head, optimizer)
+
+    with pytest.warns(UserWarning, match=r"'head\.weight' and 1 others .* A new call of fit begins"):
+        fit(Classifier(), Unfreezing(), EMA(0.9), max_steps=12)
