@@ -17,7 +17,6 @@ from lightning_diffusion.averaging import (
     averages_in,
     gamma_from_sigma_rel,
     load_averaged,
-    overlay,
     plan_block,
     power_function_beta,
     resolve_weights,
@@ -298,8 +297,3 @@ def test_averaged_weights_load_under_all_names_of_a_shared_tensor(tmp_path):
     assert_close(loaded["0.weight"].float(), averaged["0.weight"], rtol=1e-2, atol=1e-2)
     assert loaded["2.running_mean"].equal(net[2].running_mean)
     net.load_state_dict(loaded)
-
-
-def test_overlay_keeps_what_is_not_averaged_apart():
-    state = {"a": torch.zeros(0), "b": torch.zeros(0), "c": torch.ones(1)}
-    assert overlay(state, {"a": torch.zeros(0)})["b"] is state["b"]
