@@ -1,40 +1,11 @@
 """Drawing from a DiffusionModule: what samples depend on and what is refused."""
 
-import lightning as L
 import pytest
 import torch
-from foreign import QUIET
+from small_module import fit, module, network
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_diffusion as ld
-import lightning_diffusion.batches
-from lightning_diffusion.datamodules import DigitsDataModule
-
-
-def network(num_classes=10, shape=(1, 8, 8)):
-    torch.manual_seed(0)
-    return ld.UNet(
-        shape, channels=8, num_blocks=1, multipliers=(1,), attention_levels=(), num_classes=num_classes
-    )
-
-
-def module(**arguments):
-    return ld.DiffusionModule(**{"network": network(), "representation": ld.Standardize(), **arguments})
-
-
-def fit(model, data=None, steps=3, **arguments):
-    trainer = L.Trainer(**{**QUIET, "max_steps": steps, "enable_checkpointing": False, **arguments})
-    trainer.fit(model, datamodule=data or DigitsDataModule(batch_size=16))
-    return trainer
-
-
-def loader(*tensors):
-    data = TensorDataset(*tensors) if len(tensors) > 1 else tensors[0]
-    return DataLoader(data, batch_size=4)
-
-
-IMAGES, LABELS = torch.linspace(-1, 1, 512).reshape(8, 1, 8, 8), torch.arange(8)
 
 
 def test_sampling_leaves_the_training_alone_and_does_not_depend_on_the_batch():

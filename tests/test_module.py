@@ -9,6 +9,7 @@ import torch
 from foreign import QUIET
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from small_module import fit, module, network
 from sync_counter import SyncCounter
 from torch import nn
 from torch.testing import assert_close
@@ -18,23 +19,6 @@ import lightning_diffusion as ld
 import lightning_diffusion.batches
 from lightning_diffusion.callbacks import EMA
 from lightning_diffusion.datamodules import DigitsDataModule
-
-
-def network(num_classes=10, shape=(1, 8, 8)):
-    torch.manual_seed(0)
-    return ld.UNet(
-        shape, channels=8, num_blocks=1, multipliers=(1,), attention_levels=(), num_classes=num_classes
-    )
-
-
-def module(**arguments):
-    return ld.DiffusionModule(**{"network": network(), "representation": ld.Standardize(), **arguments})
-
-
-def fit(model, data=None, steps=3, **arguments):
-    trainer = L.Trainer(**{**QUIET, "max_steps": steps, "enable_checkpointing": False, **arguments})
-    trainer.fit(model, datamodule=data or DigitsDataModule(batch_size=16))
-    return trainer
 
 
 def loader(*tensors):
