@@ -37,6 +37,7 @@ from lightning_diffusion.profiles import InverseGamma as InverseGamma
 from lightning_diffusion.profiles import PowerFunction as PowerFunction
 from lightning_diffusion.profiles import Profile as Profile
 from lightning_diffusion.profiles import RatioWarmup as RatioWarmup
+from lightning_diffusion.recorder import Snapshots as Snapshots
 from lightning_diffusion.representation import Identity as Identity
 from lightning_diffusion.representation import Representation as Representation
 from lightning_diffusion.representation import Standardize as Standardize
