@@ -54,8 +54,9 @@ _PUBLIC = {
         "Preconditioning",
         "Timestep",
     ],
+    "stable_targets": ["StableTarget"],
     "objective": ["DiffusionObjective"],
-    "presets": ["DDPM", "EDM", "VPrediction"],
+    "presets": ["DDPM", "EDM", "EDM2", "RectifiedFlow", "VPrediction"],
     "representation": ["Identity", "Representation", "Standardize"],
     "networks": ["Network", "UNet"],
     "learning_rates": [

@@ -26,6 +26,8 @@ from lightning_diffusion.preconditioning import Preconditioning as Preconditioni
 from lightning_diffusion.preconditioning import Timestep as Timestep
 from lightning_diffusion.presets import DDPM as DDPM
 from lightning_diffusion.presets import EDM as EDM
+from lightning_diffusion.presets import EDM2 as EDM2
+from lightning_diffusion.presets import RectifiedFlow as RectifiedFlow
 from lightning_diffusion.presets import VPrediction as VPrediction
 from lightning_diffusion.processes import Schedule as Schedule
 from lightning_diffusion.processes import StraightPath as StraightPath
@@ -59,6 +61,7 @@ from lightning_diffusion.schedules import GeometricSchedule as GeometricSchedule
 from lightning_diffusion.schedules import LinearSchedule as LinearSchedule
 from lightning_diffusion.schedules import ScaledLinearSchedule as ScaledLinearSchedule
 from lightning_diffusion.schedules import SigmoidSchedule as SigmoidSchedule
+from lightning_diffusion.stable_targets import StableTarget as StableTarget
 from lightning_diffusion.targets import Epsilon as Epsilon
 from lightning_diffusion.targets import Flow as Flow
 from lightning_diffusion.targets import Score as Score

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_diffusion.averaging import averages_in
 from lightning_diffusion.batches import LABEL, declared_conditions, drop_labels, unpack
@@ -119,6 +120,9 @@ class DiffusionModule(Drawing, L.LightningModule):
         self._checked.clear()
         if self.representation.needs_measuring:
             self.representation.measure(self._training_images())
+        stable_target = self.objective.stable_target
+        if stable_target is not None and stable_target.reference_size:
+            stable_target.remember(self._training_set())
 
     def on_train_start(self) -> None:
         """The configured optimizer settings win over those that a checkpoint has just restored."""
@@ -175,6 +179,7 @@ class DiffusionModule(Drawing, L.LightningModule):
         if stage not in self._checked or (stage == "train" and self._logs_this_step):
             self._checked.add(stage)
             self._check(images, condition)
+            self._check_references(stage, images, condition)
         return images, {name: condition[name] for name in condition if name in self._conditions}
 
     def _loss(self, images: Tensor, condition: dict[str, Tensor], key: RandomKey) -> Report:
@@ -193,6 +198,11 @@ class DiffusionModule(Drawing, L.LightningModule):
         label = condition.get(LABEL) if LABEL in self._conditions else None
         value_range = (-1.0, 1.0) if self.representation.bounded else None
         check_images(images, label, self.num_classes, self.image_shape, value_range)
+
+    def _check_references(self, stage: str, images: Tensor, condition: dict[str, Tensor]) -> None:
+        if stage == "train" and self.objective.stable_target is not None:
+            label = condition.get(LABEL) if LABEL in self._conditions else None
+            self.objective.stable_target.check(self.representation.encode(images), label)
 
     @cached_property
     def _conditions(self) -> set[str]:
@@ -224,6 +234,15 @@ class DiffusionModule(Drawing, L.LightningModule):
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         loader = datamodule.train_dataloader() if datamodule else self._train_loader()
         return (unpack(batch)[0].to(self.device) for batch in loader)
+
+    def _training_set(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Every training sample once, encoded, with its label."""
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        loader = datamodule.train_dataloader() if datamodule else self._train_loader()
+        for batch in DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn):
+            images, condition = unpack(batch)
+            label = condition[LABEL].to(self.device) if LABEL in condition else None
+            yield self.representation.encode(images.to(self.device)), label
 
     def _train_loader(self) -> Any:
         self.trainer.fit_loop.setup_data()

@@ -16,12 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_diffusion.batches import LABEL
 from lightning_diffusion.densities import Density
 from lightning_diffusion.noise_level import NoiseLevel, per_sample
 from lightning_diffusion.preconditioning import Preconditioning
 from lightning_diffusion.recording import Recorded
 from lightning_diffusion.resume import RandomKey
 from lightning_diffusion.schedules import Schedule
+from lightning_diffusion.stable_targets import References, StableTarget
 from lightning_diffusion.weightings import Setting, Weighting
 
 Condition = Mapping[str, Tensor]
@@ -47,13 +49,19 @@ class DiffusionObjective(Recorded, nn.Module):
         density: where on the log-SNR axis training draws.
         preconditioning: the network's inputs and outputs; carries the target and sigma_data.
         weighting: how much each level counts.
+        stable_target: regress, while training, on the mean over many clean samples; None on the one alone.
 
     Raises:
         ValueError: where the target loses the data at a level of the schedule.
     """
 
     def __init__(
-        self, schedule: Schedule, density: Density, preconditioning: Preconditioning, weighting: Weighting
+        self,
+        schedule: Schedule,
+        density: Density,
+        preconditioning: Preconditioning,
+        weighting: Weighting,
+        stable_target: StableTarget | None = None,
     ) -> None:
         super().__init__()
         preconditioning.check(schedule)
@@ -61,6 +69,7 @@ class DiffusionObjective(Recorded, nn.Module):
         self.density = copy.deepcopy(density)
         self.preconditioning = copy.deepcopy(preconditioning)
         self.weighting = copy.deepcopy(weighting)
+        self.stable_target = copy.deepcopy(stable_target)
 
     @property
     def sigma_data(self) -> float:
@@ -71,8 +80,14 @@ class DiffusionObjective(Recorded, nn.Module):
         self, network: nn.Module, x0: Tensor, condition: Condition | None = None, key: RandomKey | None = None
     ) -> Report:
         """Draw levels and noise and measure the weighted error of the network. `key` says where in the run."""
+        references = None
+        if self.stable_target is not None and self.training:
+            null = getattr(network, "num_classes", None)
+            references = self.stable_target.references(at_least_float32(x0), condition or {}, null)
+            x0 = self.stable_target.trained(x0)
+            condition = {name: self.stable_target.trained(c) for name, c in (condition or {}).items()}
         level, noise = self.draw(x0, key or RandomKey())
-        return self.loss_at(network, x0, noise, level, condition)
+        return self.loss_at(network, x0, noise, level, condition, references)
 
     def draw(self, x0: Tensor, key: RandomKey) -> tuple[NoiseLevel, Tensor]:
         """Stratified levels and this rank's noise for a batch x0 of shape (B, ...)."""
@@ -88,11 +103,15 @@ class DiffusionObjective(Recorded, nn.Module):
         noise: Tensor,
         level: NoiseLevel,
         condition: Condition | None = None,
+        references: References | None = None,
     ) -> Report:
         """The loss with levels and noise given: traceable by torch.compile, no host synchronisation."""
         x0 = at_least_float32(x0)
         c_noise = self.preconditioning.c_noise(level)
         output = self._output(network, level.diffuse(x0, noise), level, c_noise, condition)
+        if references is not None and self.stable_target is not None:
+            label = (condition or {}).get(LABEL)
+            x0, noise = self.stable_target.posterior(x0, noise, level, references, label)
         error = output - self.preconditioning.residual(x0, noise, level)
         weighted = self.weight(level) * error.square().flatten(1).mean(1)
         minimised = self.weighting.combine(weighted, c_noise)

@@ -228,9 +228,10 @@ class Uncertainty(Recorded, nn.Module, Weighting):
 
     def __init__(self, features: int = 128) -> None:
         super().__init__()
-        self.register_buffer("frequencies", torch.randn(features))
-        self.register_buffer("phases", torch.rand(features))
-        self.weight = nn.Parameter(torch.randn(features))
+        generator = torch.Generator().manual_seed(0)  # the same in every run and on every rank
+        self.register_buffer("frequencies", torch.randn(features, generator=generator))
+        self.register_buffer("phases", torch.rand(features, generator=generator))
+        self.weight = nn.Parameter(torch.randn(features, generator=generator))
 
     def __call__(self, level: NoiseLevel, setting: Setting) -> Tensor:
         return torch.ones_like(level.sigma)

@@ -81,7 +81,7 @@ LEARNING_RATES = [
     ld.WarmupCosine(),
     ld.WarmupInverseSquareRoot(warmup_images=0, reference_steps=100),
 ]
-PRESETS = [ld.EDM, ld.DDPM, ld.VPrediction]
+PRESETS = [ld.EDM, ld.DDPM, ld.VPrediction, ld.RectifiedFlow, ld.EDM2]
 
 FAMILIES = {
     ld.Schedule: SCHEDULES,

@@ -188,7 +188,7 @@ def test_loss_traces_in_one_graph(preset):
 def test_presets_have_copies_of_their_defaults_and_plain_specs(preset):
     first, second = preset(), preset()
     assert first.preconditioning is not second.preconditioning
-    assert first.state_dict() == {}
+    assert {name.split(".")[0] for name in first.state_dict()} <= {"weighting"}
     assert json.loads(json.dumps(spec(first)))["class_path"] == f"lightning_diffusion.{preset.__name__}"
 
 

@@ -1,0 +1,179 @@
+r"""Regress on the posterior mean over many clean samples instead of on the one that made x_t.
+
+    w_i   = softmax_i( -|x_t - alpha x_i|^2 / (2 sigma^2) )        over references that hold the true x_0
+    x_bar = sum_i w_i x_i,    eps_bar = (x_t - alpha x_bar) / sigma
+
+The loss is minimised by E[x_0 | x_t], of which x_0 is a noisy sample and x_bar a better one (Xu, Tong & Jaakkola 2023).
+If x_0 is one of exchangeable references, w is the exact posterior of which of them made x_t: the regression target
+is unbiased for every number of references and never varies more. References without the true x_0 would bias it.
+
+Computed relative to x_0, where nothing cancels. With r = alpha / sigma the exponent is, up to a constant,
+-r^2 |x_0 - x_i|^2 / 2 - r eps . (x_0 - x_i), which is 0 for x_0 itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_diffusion.batches import LABEL
+from lightning_diffusion.noise_level import NoiseLevel
+from lightning_diffusion.recording import Recorded
+
+SAME = 1e-5
+"""Two samples are one if |x_i - x_j|^2 is below this share of |x_i|^2 + |x_j|^2: float32 cannot tell them apart."""
+
+LARGEST_RATIO = 1e9
+"""alpha / sigma is cut here, so that sigma = 0 stays finite: no other sample has any weight by then."""
+
+
+class References(NamedTuple):
+    """Clean samples x0 (N, ...), their labels (N,) or None, and the label that stands for none."""
+
+    x0: Tensor
+    label: Tensor | None = None
+    null: int | None = None
+
+    def allowed(self, label: Tensor | None) -> Tensor | None:
+        """Which references (B, N) share the condition `label` (B,); None for all."""
+        if label is None or self.label is None:
+            return None
+        return (label[:, None] == self.label) | (label[:, None] == self.null)
+
+
+class StableTarget(Recorded, nn.Module):
+    """Which clean samples the regression target is averaged over, while training.
+
+    With neither argument: the batch itself. Labelled samples are averaged within their class, those whose label
+    was dropped over all. The cost per step is two matrix products of B x N x dimensions.
+
+    Args:
+        reference_size: training samples held on the device, encoded once when the fit starts: at least the whole
+            training set, without augmentation. The target is then exact.
+        extra: samples of each batch that serve as references only; the loss is of the others. For sets that do not
+            fit: the loader's batch_size counts both.
+        chunk: products of rows and references computed at once; bounds the memory.
+
+    Raises:
+        ValueError: if both or negative numbers are given; when used, if references lack the true x_0 or labels.
+    """
+
+    x0: Tensor | None
+    label: Tensor | None
+
+    def __init__(self, reference_size: int = 0, extra: int = 0, chunk: int = 2**24) -> None:
+        super().__init__()
+        if min(reference_size, extra) < 0 or (reference_size and extra) or chunk < 1:
+            raise ValueError(
+                f"Found reference_size={reference_size}, extra={extra}, chunk={chunk}; expected either a "
+                "reference_size that holds the whole training set, or a number of extra samples per batch, not both."
+            )
+        self.reference_size, self.extra, self.chunk = reference_size, extra, chunk
+        self.register_buffer("x0", None, persistent=False)
+        self.register_buffer("label", None, persistent=False)
+
+    @property
+    def needs_references(self) -> bool:
+        """Whether `remember` must see the training set first."""
+        return self.reference_size > 0 and self.x0 is None
+
+    def remember(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+        """Hold the encoded training set as references: batches of x0 (B, ...) and labels (B,) or None."""
+        x0s: list[Tensor] = []
+        labels: list[Tensor] = []
+        for x0, label in batches:
+            x0s.append(x0)
+            labels.extend([] if label is None else [label])
+            _check_size(sum(map(len, x0s)), self.reference_size)
+        self.x0 = torch.cat(x0s)
+        self.label = torch.cat(labels) if labels else None
+
+    def references(self, x0: Tensor, condition: Mapping[str, Tensor], null: int | None) -> References:
+        """What a batch x0 (B, ...) is averaged over."""
+        if unknown := set(condition) - {LABEL}:
+            raise ValueError(
+                f"StableTarget averages within labels, but the network is also conditioned on {sorted(unknown)}: "
+                "samples of other conditions would be mixed. Train without stable_target."
+            )
+        if self.needs_references:
+            raise ValueError(
+                f"StableTarget(reference_size={self.reference_size}) has no references yet: outside of a "
+                "DiffusionModule call remember([(x0, label)]) with the training set first."
+            )
+        if self.x0 is None:
+            return References(x0, condition.get(LABEL), null)
+        if LABEL in condition and self.label is None:
+            raise ValueError(
+                "The batch has labels, but the references have none: they would be mixed. Remember them with labels."
+            )
+        return References(self.x0.to(x0.dtype), self.label, null)
+
+    def trained(self, x: Tensor) -> Tensor:
+        """The samples of a batch x (B, ...) that the loss is of."""
+        if self.extra >= len(x):
+            raise ValueError(
+                f"Found a batch of {len(x)} with StableTarget(extra={self.extra}); expected more samples than that: "
+                "raise the loader's batch_size."
+            )
+        return x[: len(x) - self.extra]
+
+    def check(self, x0: Tensor, label: Tensor | None) -> None:
+        """Raise a ValueError if some of the batch x0 (B, ...) are not among the references of their label."""
+        if self.x0 is None:
+            return
+        same = _distances(x0.flatten(1), self.x0.to(x0).flatten(1))[1]
+        allowed = References(self.x0, self.label).allowed(label)
+        if missing := int((~(same if allowed is None else same & allowed).any(1)).sum()):
+            raise ValueError(
+                f"Found {missing} of {len(x0)} training samples that are not among the references of StableTarget: "
+                "averaging without the true x_0 biases the target. The data are augmented, encoded at random, or "
+                "not those of the start: use StableTarget(extra=...), which needs only the batch."
+            )
+
+    def posterior(
+        self, x0: Tensor, noise: Tensor, level: NoiseLevel, references: References, label: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The regression targets for x0 and noise (B, ...) at `level` under the labels (B,): (x_bar, eps_bar)."""
+        rows = max(self.chunk // len(references.x0), 1)
+        labels = [None] * len(x0) if label is None else torch.split(label, rows)
+        parts = (torch.split(part, rows) for part in (x0, noise, level.alpha, level.sigma))
+        chunks = [
+            _posterior(x, eps, NoiseLevel(alpha, sigma), references, references.allowed(own))
+            for x, eps, alpha, sigma, own in zip(*parts, labels, strict=False)
+        ]
+        x_bar, eps_bar = zip(*chunks, strict=True)
+        return torch.cat(x_bar), torch.cat(eps_bar)
+
+
+def _posterior(
+    x0: Tensor, noise: Tensor, level: NoiseLevel, references: References, allowed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x, eps, refs = x0.flatten(1), noise.flatten(1), references.x0.flatten(1)
+    with torch.autocast(x.device.type, enabled=False):
+        distance, same = _distances(x, refs)
+        noise_along = (eps * x).sum(1, keepdim=True) - eps @ refs.T
+        ratio = (level.alpha / level.sigma).clamp(max=LARGEST_RATIO)[:, None]
+        logits = (-(ratio**2) * distance / 2 - ratio * noise_along).masked_fill(same, 0.0)
+        logits = logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
+        others = logits.softmax(1).masked_fill(same, 0.0)
+        shift = others @ refs - others.sum(1, keepdim=True) * x
+    return (x + shift).view_as(x0), (eps - ratio * shift).view_as(x0)
+
+
+def _distances(x: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances of x (B, D) to references (N, D), and which are of the same sample: both (B, N)."""
+    sizes = x.square().sum(1, keepdim=True) + references.square().sum(1)
+    distance = sizes - 2 * x @ references.T
+    return distance, distance <= SAME * sizes
+
+
+def _check_size(found: int, reference_size: int) -> None:
+    if found > reference_size:
+        raise ValueError(
+            f"Found more than {reference_size} training samples, the reference_size of StableTarget: references "
+            "that lack the true x_0 would bias the target. Raise reference_size to hold the whole training set, or "
+            "use StableTarget(extra=...), which needs only the batch."
+        )
