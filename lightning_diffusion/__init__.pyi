@@ -1,4 +1,7 @@
 # written by `python tests/test_package.py`
+from lightning_diffusion.autoencoders import Autoencoder as Autoencoder
+from lightning_diffusion.autoencoders import PatchPCA as PatchPCA
+from lightning_diffusion.autoencoders import PretrainedAutoencoder as PretrainedAutoencoder
 from lightning_diffusion.averaging import load_averaged as load_averaged
 from lightning_diffusion.densities import Density as Density
 from lightning_diffusion.densities import Importance as Importance
@@ -9,6 +12,7 @@ from lightning_diffusion.densities import UniformSigma as UniformSigma
 from lightning_diffusion.guidance import ClassifierFree as ClassifierFree
 from lightning_diffusion.guidance import Guidance as Guidance
 from lightning_diffusion.io import AtomicCheckpointIO as AtomicCheckpointIO
+from lightning_diffusion.latent import LatentRepresentation as LatentRepresentation
 from lightning_diffusion.learning_rates import LearningRate as LearningRate
 from lightning_diffusion.learning_rates import WarmupConstant as WarmupConstant
 from lightning_diffusion.learning_rates import WarmupCosine as WarmupCosine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,16 @@ def unpack(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         f"Found a batch of {_describe(batch)}; expected images, (images, labels), or "
         '{"image": images, "label": labels} as tensors.'
     )
+
+
+class Repeatable(Iterable[Tensor]):
+    """Tensors that `start()` yields, each time anew."""
+
+    def __init__(self, start: Callable[[], Iterator[Tensor]]) -> None:
+        self._start = start
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._start()
 
 
 def declared_conditions(network: nn.Module) -> set[str]:

@@ -45,6 +45,15 @@ def check_images(
         _check_labels(labels, len(images), num_classes)
 
 
+def check_encoded(x0: Tensor, image_shape: Sequence[int] | None) -> None:
+    """Refuse what a representation puts out, (B, ...), if it has not the network's shape; costs no waiting."""
+    if image_shape is not None and tuple(x0.shape[1:]) != tuple(image_shape):
+        raise ValueError(
+            f"found that the representation puts out shape {tuple(x0.shape[1:])}, expected the network's "
+            f"{tuple(image_shape)}: give the network image_shape={list(x0.shape[1:])}."
+        )
+
+
 def _check_shape(images: Tensor, image_shape: Sequence[int] | None) -> None:
     if image_shape is not None and tuple(images.shape[1:]) != tuple(image_shape):
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_diffusion.averaging import averages_in
-from lightning_diffusion.batches import LABEL, declared_conditions, drop_labels, unpack
-from lightning_diffusion.checks import check_images
+from lightning_diffusion.batches import LABEL, Repeatable, declared_conditions, drop_labels, unpack
+from lightning_diffusion.checks import check_encoded, check_images
 from lightning_diffusion.drawing import Drawing
 from lightning_diffusion.learning_rates import LearningRate, WarmupConstant
 from lightning_diffusion.networks import Network
@@ -184,7 +184,9 @@ class DiffusionModule(Drawing, L.LightningModule):
 
     def _loss(self, images: Tensor, condition: dict[str, Tensor], key: RandomKey) -> Report:
         try:
-            return self.objective.loss(self.network, self.representation.encode(images), condition, key)
+            x0 = self.representation.draw(images, key)
+            check_encoded(x0, self.image_shape)
+            return self.objective.loss(self.network, x0, condition, key)
         except IndexError:  # a label beyond the embedding, in a batch that was not checked
             self._check(images, condition)
             raise
@@ -197,12 +199,13 @@ class DiffusionModule(Drawing, L.LightningModule):
             )
         label = condition.get(LABEL) if LABEL in self._conditions else None
         value_range = (-1.0, 1.0) if self.representation.bounded else None
-        check_images(images, label, self.num_classes, self.image_shape, value_range)
+        shape = self.image_shape if self.representation.keeps_shape else None
+        check_images(images, label, self.num_classes, shape, value_range)
 
     def _check_references(self, stage: str, images: Tensor, condition: dict[str, Tensor]) -> None:
         if stage == "train" and self.objective.stable_target is not None:
             label = condition.get(LABEL) if LABEL in self._conditions else None
-            self.objective.stable_target.check(self.representation.encode(images), label)
+            self.objective.stable_target.check(self.representation.draw(images, RandomKey()), label)
 
     @cached_property
     def _conditions(self) -> set[str]:
@@ -230,15 +233,17 @@ class DiffusionModule(Drawing, L.LightningModule):
         if self._logs_this_step:
             self.log("train/loss", self._logged[0] / self._logged[1], sync_dist=True, prog_bar=True)
 
-    def _training_images(self) -> Iterator[Tensor]:
+    def _training_images(self) -> Iterable[Tensor]:
+        """Images of the training batches; can be gone through again."""
+        return Repeatable(lambda: (unpack(batch)[0].to(self.device) for batch in self._own_train_loader()))
+
+    def _own_train_loader(self) -> Any:
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        loader = datamodule.train_dataloader() if datamodule else self._train_loader()
-        return (unpack(batch)[0].to(self.device) for batch in loader)
+        return datamodule.train_dataloader() if datamodule else self._train_loader()
 
     def _training_set(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Every training sample once, encoded, with its label."""
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        loader = datamodule.train_dataloader() if datamodule else self._train_loader()
+        loader = self._own_train_loader()
         for batch in DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn):
             images, condition = unpack(batch)
             label = condition[LABEL].to(self.device) if LABEL in condition else None

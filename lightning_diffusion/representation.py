@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_diffusion.recording import Recorded
+from lightning_diffusion.resume import RandomKey
 
 
 class Representation(Recorded, nn.Module, ABC):
@@ -25,9 +26,16 @@ class Representation(Recorded, nn.Module, ABC):
     bounded: bool = True
     """Whether the data lie in [-1, 1], as images do: batches are checked for it and samples cut to it."""
 
+    keeps_shape: bool = True
+    """Whether `encode` puts out the shape of its input, so that batches are checked for the network's."""
+
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to what is trained on."""
+
+    def draw(self, images: Tensor, key: RandomKey) -> Tensor:
+        """What is trained on: `encode`, or a draw where encoding is random, the same for the same key."""
+        return self.encode(images)
 
     @abstractmethod
     def decode(self, x: Tensor) -> Tensor:
@@ -97,27 +105,13 @@ class Standardize(Representation):
         return bool(self.std.isnan().any())
 
     def encode(self, images: Tensor) -> Tensor:
-        return (images - _per_channel(self.mean, images)) * _per_channel(self._deviation / self.std, images)
+        return (images - per_channel(self.mean, images)) * per_channel(self._deviation / self.std, images)
 
     def decode(self, x: Tensor) -> Tensor:
-        return x * _per_channel(self.std / self._deviation, x) + _per_channel(self.mean, x)
+        return x * per_channel(self.std / self._deviation, x) + per_channel(self.mean, x)
 
     def measure(self, batches: Iterable[Tensor]) -> None:
-        count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
-        for images in batches:
-            x = images.double().transpose(0, 1).flatten(1)
-            count, total, squares = count + x.shape[1], total + x.sum(1), squares + x.square().sum(1)
-            if count >= self.num_images * images[0, 0].numel():
-                break
-        sums = _sum_over_ranks(torch.cat([torch.full_like(total, count), total, squares]).to(self.std.device))
-        n, total, squares = sums.chunk(3)
-        self.mean = (total / n).float()
-        self.std = (squares / n - (total / n) ** 2).clamp(min=0).sqrt().float()
-        if not bool((self.std > 0).all()):
-            raise ValueError(
-                f"Found training images of deviation {self.std.tolist()} per channel; expected all above 0. "
-                "Constant channels cannot be standardised: drop them, or give mean and std."
-            )
+        self.mean, self.std = channel_moments(batches, self.num_images, self.std.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         for name in ("mean", "std"):
@@ -126,11 +120,38 @@ class Standardize(Representation):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _per_channel(coefficient: Tensor, x: Tensor) -> Tensor:
+def channel_moments(
+    batches: Iterable[Tensor], num_images: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation per channel, (C,) float32, over batches (B, C, H, W) of all ranks until num_images are seen.
+
+    Raises:
+        ValueError: for a channel that is constant.
+    """
+    count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
+    for images in batches:
+        x = images.double().transpose(0, 1).flatten(1)
+        count, total, squares = count + x.shape[1], total + x.sum(1), squares + x.square().sum(1)
+        if count >= num_images * images[0, 0].numel():
+            break
+    sums = sum_over_ranks(torch.cat([torch.full_like(total, count), total, squares]).to(device))
+    n, total, squares = sums.chunk(3)
+    mean, std = total / n, (squares / n - (total / n) ** 2).clamp(min=0).sqrt()
+    if not bool((std.float() > 0).all()):
+        raise ValueError(
+            f"Found training images of deviation {std.tolist()} per channel; expected all above 0. "
+            "Constant channels cannot be standardised: drop them, or give mean and std."
+        )
+    return mean.float(), std.float()
+
+
+def per_channel(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A coefficient (C,) of channels in a shape that multiplies x (B, C, ...)."""
     return coefficient.reshape(-1, *(1,) * (x.ndim - 2))
 
 
-def _sum_over_ranks(sums: Tensor) -> Tensor:
+def sum_over_ranks(sums: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on each of them."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
     return sums

@@ -1,0 +1,256 @@
+"""Autoencoders: images to latents and back. What they return may take any of the forms in use.
+
+encode  a tensor; a Gaussian with mean and std; diffusers' objects with latent_dist, latents or latent
+decode  a tensor; diffusers' object with sample
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_diffusion.io import refuse_other_weights
+from lightning_diffusion.recording import Recorded
+from lightning_diffusion.representation import sum_over_ranks
+
+CHUNK = 64
+"""Images that go through an autoencoder at once: a decoder needs far more memory per image than training does."""
+
+
+class Posterior(NamedTuple):
+    """Latents of images as a diagonal Gaussian, mean and std (B, C, H, W); std is None where nothing is random."""
+
+    mean: Tensor
+    std: Tensor | None = None
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """Latents (B, C, H, W), one draw of each; `generator` lives on their device."""
+        if self.std is None:
+            return self.mean
+        noise = torch.randn(
+            self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
+        )
+        return self.mean + self.std * noise
+
+
+class Autoencoder(Recorded, nn.Module, ABC):
+    """Images (B, C, H, W) in [-1, 1] to latents and back. Any nn.Module with these two methods will do."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Any:
+        """Latents of images (B, C, H, W), in one of the forms that this module lists."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Any:
+        """Images (B, C, H, W) of latents."""
+
+    @property
+    def needs_measuring(self) -> bool:
+        """Whether `measure` must see training images first."""
+        return False
+
+    def measure(self, batches: Iterable[Tensor]) -> None:
+        """Learn from training images (B, C, H, W) what coding needs; the same on all ranks."""
+
+
+class PatchPCA(Autoencoder):
+    """Principal components of square patches, measured on the training images: linear, with orthonormal rows.
+
+    An image (C, H, W) becomes (channels, H / patch_size, W / patch_size). With channels = C patch_size^2 it is a
+    rotation and loses nothing; with fewer, no linear code of patches loses less.
+
+    Args:
+        channels: components kept, those of largest variance.
+        patch_size: pixels, in height and width.
+        image_channels: C.
+        num_images: how many training images are measured at most.
+
+    Raises:
+        ValueError: for more components than a patch has numbers.
+    """
+
+    mean: Tensor
+    basis: Tensor
+
+    def __init__(
+        self, channels: int = 4, patch_size: int = 2, image_channels: int = 1, num_images: int = 10_000
+    ) -> None:
+        super().__init__()
+        numbers = image_channels * patch_size**2
+        if not 1 <= channels <= numbers:
+            raise ValueError(
+                f"Found channels={channels}; expected 1 to {numbers}, the numbers in a patch of "
+                f"{image_channels} x {patch_size} x {patch_size}."
+            )
+        self.channels, self.patch_size, self.num_images = channels, patch_size, num_images
+        self.register_buffer("mean", torch.full((numbers,), torch.nan))
+        self.register_buffer("basis", torch.full((channels, numbers), torch.nan))
+
+    @property
+    def needs_measuring(self) -> bool:
+        return bool(self.basis.isnan().any())
+
+    def encode(self, images: Tensor) -> Tensor:
+        patches = self._patches(images) - self.mean.view(-1, 1, 1)
+        return torch.einsum("kd,bdhw->bkhw", self.basis, patches)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        patches = torch.einsum("kd,bkhw->bdhw", self.basis, latents) + self.mean.view(-1, 1, 1)
+        return F.pixel_shuffle(patches, self.patch_size)
+
+    def measure(self, batches: Iterable[Tensor]) -> None:
+        numbers, images = self.mean.numel(), 0
+        sums = torch.zeros(numbers + 1, numbers + 1, dtype=torch.float64, device=self.mean.device)
+        for batch in batches:
+            patches = self._patches(batch.to(sums)).transpose(0, 1).flatten(1)
+            patches = torch.cat([patches, torch.ones_like(patches[:1])])
+            sums, images = sums + patches @ patches.T, images + len(batch)
+            if images >= self.num_images:
+                break
+        self._set_components(sum_over_ranks(sums).cpu())
+
+    def _set_components(self, sums: Tensor) -> None:
+        """From the sum of [p, 1] [p, 1]^T over all patches p."""
+        if not sums[-1, -1]:
+            raise ValueError(
+                "PatchPCA found no images to be measured on. Where latents are given directly, it has to be the one "
+                "that made them: PretrainedAutoencoder(PatchPCA(...), 'FOLDER/autoencoder.safetensors')."
+            )
+        moments = sums / sums[-1, -1]
+        mean = moments[-1, :-1]
+        _, vectors = torch.linalg.eigh(moments[:-1, :-1] - mean.outer(mean))
+        basis = vectors.T.flip(0)[: self.channels]
+        sign = basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
+        self.mean.copy_(mean)
+        self.basis.copy_(basis * sign)
+
+    def _patches(self, images: Tensor) -> Tensor:
+        (height, width), p = images.shape[-2:], self.patch_size
+        if height % p or width % p:
+            raise ValueError(
+                f"Found images of {height} x {width} pixels; expected multiples of patch_size={p}. Resize them, or "
+                "give PatchPCA another patch_size."
+            )
+        return F.pixel_unshuffle(images, p)
+
+
+class PretrainedAutoencoder(Autoencoder):
+    """An autoencoder with its parameters from a file.
+
+    Args:
+        autoencoder: the same architecture.
+        weights: a .safetensors file of its state dict, such as diffusers' `diffusion_pytorch_model.safetensors` or
+            the `autoencoder.safetensors` that `write_latents` leaves. It is read at once if it is there, else when
+            it is needed, which it is not where a checkpoint holds the parameters.
+
+    Raises:
+        FileNotFoundError: when the file is needed and is not there.
+        ValueError: if it is of another autoencoder.
+    """
+
+    def __init__(self, autoencoder: Autoencoder | nn.Module, weights: str) -> None:
+        super().__init__()
+        self.autoencoder, self.weights = autoencoder, weights
+        self._is_read = False
+        if Path(weights).is_file():
+            self._read()
+
+    @property
+    def needs_measuring(self) -> bool:
+        return not self._is_read
+
+    def measure(self, batches: Iterable[Tensor]) -> None:
+        """Read the file, if it could not be read before; `batches` are not looked at."""
+        if not self._is_read:
+            self._read()
+
+    def encode(self, images: Tensor) -> Any:
+        self.measure([])
+        return self.autoencoder.encode(images)  # type: ignore[operator]
+
+    def decode(self, latents: Tensor) -> Any:
+        self.measure([])
+        return self.autoencoder.decode(latents)  # type: ignore[operator]
+
+    def _read(self) -> None:
+        if not Path(self.weights).is_file():
+            raise FileNotFoundError(
+                f"{self.weights} does not exist: give the .safetensors file of the autoencoder's parameters"
+            )
+        from safetensors.torch import load_file
+
+        state = load_file(self.weights)
+        refuse_other_weights(state, self.autoencoder.state_dict(), self.weights)
+        self.autoencoder.load_state_dict(state)
+        self._is_read = True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        self._is_read = self._is_read or any(name.startswith(prefix) for name in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def encode_images(autoencoder: nn.Module, images: Tensor) -> Posterior:
+    """Latents of images (B, C, H, W), in float32 (float64 for those), without gradients, some images at a time.
+
+    Raises:
+        TypeError: for an autoencoder that returns something else than the forms that this module lists.
+    """
+    with torch.no_grad():
+        parts = [_posterior(_run(autoencoder, "encode", part)) for part in images.split(CHUNK)]  # type: ignore[no-untyped-call]
+    means, stds = zip(*parts, strict=True)
+    mean = torch.cat(means).to(images.dtype)
+    return Posterior(mean, None if stds[0] is None else torch.cat(stds).to(images.dtype))
+
+
+def decode_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] of latents, in float32 (float64 for those), some at a time."""
+    parts = [_run(autoencoder, "decode", part) for part in latents.split(CHUNK)]  # type: ignore[no-untyped-call]
+    images = [getattr(part, "sample", part) for part in parts]
+    if not isinstance(images[0], Tensor):
+        raise TypeError(
+            f"Found {type(autoencoder).__name__}.decode to return {type(parts[0]).__name__}; expected images as a "
+            "tensor, or an object that has them as `sample`."
+        )
+    return torch.cat(images).to(latents.dtype).clamp(-1, 1)
+
+
+def fingerprint(autoencoder: nn.Module) -> str:
+    """A hash of the values of all parameters and buffers: 32 hexadecimal digits."""
+    if isinstance(autoencoder, PretrainedAutoencoder):
+        return fingerprint(autoencoder.autoencoder)
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(autoencoder.state_dict().items()):
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _run(autoencoder: nn.Module, method: str, x: Tensor) -> Any:
+    """In the precision of the autoencoder's own parameters, whatever the Trainer's is."""
+    own = chain(autoencoder.parameters(), autoencoder.buffers())
+    dtype = next((p.dtype for p in own if p.is_floating_point()), torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return getattr(autoencoder, method)(x.to(dtype))
+
+
+def _posterior(encoded: Any) -> Posterior:
+    for name in ("latent_dist", "latents", "latent"):
+        encoded = getattr(encoded, name, encoded)
+    if isinstance(encoded, Tensor):
+        return Posterior(encoded)
+    mean, std = (getattr(encoded, "mean", None), getattr(encoded, "std", getattr(encoded, "stddev", None)))
+    if isinstance(mean, Tensor) and isinstance(std, Tensor):
+        return Posterior(mean, std)
+    raise TypeError(
+        f"Found an autoencoder whose encode returns {type(encoded).__name__}; expected latents as a tensor, a Gaussian "
+        "with tensors `mean` and `std`, or an object that has either as `latent_dist`, `latents` or `latent`."
+    )
