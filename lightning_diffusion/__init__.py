@@ -58,7 +58,8 @@ _PUBLIC = {
     "objective": ["DiffusionObjective"],
     "presets": ["DDPM", "EDM", "EDM2", "RectifiedFlow", "VPrediction"],
     "representation": ["Identity", "Representation", "Standardize"],
-    "autoencoders": ["Autoencoder", "PatchPCA", "PretrainedAutoencoder"],
+    "autoencoders": ["Autoencoder", "DiffusersAutoencoder", "PretrainedAutoencoder"],
+    "patch_pca": ["PatchPCA"],
     "latent": ["LatentRepresentation"],
     "networks": ["Network", "UNet"],
     "learning_rates": [

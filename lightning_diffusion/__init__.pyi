@@ -1,6 +1,6 @@
 # written by `python tests/test_package.py`
 from lightning_diffusion.autoencoders import Autoencoder as Autoencoder
-from lightning_diffusion.autoencoders import PatchPCA as PatchPCA
+from lightning_diffusion.autoencoders import DiffusersAutoencoder as DiffusersAutoencoder
 from lightning_diffusion.autoencoders import PretrainedAutoencoder as PretrainedAutoencoder
 from lightning_diffusion.averaging import load_averaged as load_averaged
 from lightning_diffusion.densities import Density as Density
@@ -23,6 +23,7 @@ from lightning_diffusion.networks import Network as Network
 from lightning_diffusion.networks import UNet as UNet
 from lightning_diffusion.noise_level import NoiseLevel as NoiseLevel
 from lightning_diffusion.objective import DiffusionObjective as DiffusionObjective
+from lightning_diffusion.patch_pca import PatchPCA as PatchPCA
 from lightning_diffusion.preconditioning import DDPMPreconditioning as DDPMPreconditioning
 from lightning_diffusion.preconditioning import EDMPreconditioning as EDMPreconditioning
 from lightning_diffusion.preconditioning import LogSigma as LogSigma
