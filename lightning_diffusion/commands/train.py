@@ -26,6 +26,7 @@ from torch import Tensor
 import lightning_diffusion
 from lightning_diffusion.batches import LABEL, unpack
 from lightning_diffusion.callbacks import LastCheckpoint, RunSummary, SaveOnSignal, TrainingProgress
+from lightning_diffusion.commands.classes import forget_arguments_where_classes_change
 from lightning_diffusion.commands.errors import UnknownOptionError
 from lightning_diffusion.commands.quiet import quiet
 from lightning_diffusion.commands.resuming import changes, value_of, with_configuration_of
@@ -52,6 +53,7 @@ def run(command: str, arguments: list[str]) -> int:
     """Run one of Lightning's four commands."""
     quiet()
     _import_all_components()
+    forget_arguments_where_classes_change()
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     place = value_of(arguments, "--resume") or value_of(arguments, "--checkpoint")
     if place:
