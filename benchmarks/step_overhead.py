@@ -33,7 +33,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_diffusion import EDM, DiffusionModule, LogNormalSigma, Standardize, UNet
+from lightning_diffusion import EDM, DiffusionModule, LogNormalSigma, StableTarget, Standardize, UNet
 from lightning_diffusion.callbacks import PowerFunctionEMA
 from lightning_diffusion.datamodules import DigitsDataModule
 
@@ -97,7 +97,17 @@ class Hand:
         label = torch.where(torch.rand(BATCH) < DROPOUT, 10, label)
         noise, total = torch.randn_like(x0), sigma**2 + SIGMA_DATA**2
         output = self.network((x0 + sigma * noise) / total.sqrt(), sigma.flatten().log() / 4, label=label)
-        return (output - (sigma / SIGMA_DATA * x0 - SIGMA_DATA * noise) / total.sqrt()).square().mean()
+        x_bar = self.posterior_mean(x0 + sigma * noise, sigma, label)
+        eps_bar = (x0 + sigma * noise - x_bar) / sigma
+        return (output - (sigma / SIGMA_DATA * x_bar - SIGMA_DATA * eps_bar) / total.sqrt()).square().mean()
+
+    def posterior_mean(self, x_t: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        """Xu et al. 2023, over all training digits of the label."""
+        distance = torch.cdist(x_t.flatten(1), self.images.flatten(1))
+        logits = -(distance**2) / (2 * sigma.flatten(1) ** 2)
+        allowed = (label[:, None] == self.labels) | (label[:, None] == 10)
+        weights = logits.masked_fill(~allowed, -torch.inf).softmax(1)
+        return (weights @ self.images.flatten(1)).view_as(x_t)
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -157,7 +167,7 @@ class Pace(Callback):
 
 def digits() -> UNet:
     """The network of configs/digits.yaml."""
-    return UNet((1, 8, 8), channels=32, num_blocks=1, num_classes=10)
+    return UNet((1, 8, 8), channels=24, num_blocks=1, attention_levels=(), num_classes=10)
 
 
 def small() -> UNet:
@@ -192,7 +202,7 @@ def run_lightning(hand: Hand, baton: Baton) -> None:
 def run_ours(network: UNet, baton: Baton) -> None:
     module = DiffusionModule(
         network,
-        EDM(sigma_data=SIGMA_DATA, density=LogNormalSigma(P_MEAN, P_STD)),
+        EDM(SIGMA_DATA, LogNormalSigma(P_MEAN, P_STD), stable_target=StableTarget(reference_size=2000)),
         Standardize(sigma_data=SIGMA_DATA),
         label_dropout=DROPOUT,
     )

@@ -11,5 +11,14 @@ from lightning_diffusion.datamodules.base import ResumableDataModule
 from lightning_diffusion.datamodules.digits import DigitsDataModule
 from lightning_diffusion.datamodules.gaussian_mixture import GaussianMixtureDataModule
 from lightning_diffusion.datamodules.image_folder import ImageFolderDataModule
+from lightning_diffusion.datamodules.latent_writing import write_latents
+from lightning_diffusion.datamodules.latents import LatentsDataModule
 
-__all__ = ["DigitsDataModule", "GaussianMixtureDataModule", "ImageFolderDataModule", "ResumableDataModule"]
+__all__ = [
+    "DigitsDataModule",
+    "GaussianMixtureDataModule",
+    "ImageFolderDataModule",
+    "LatentsDataModule",
+    "ResumableDataModule",
+    "write_latents",
+]

@@ -5,10 +5,16 @@ r"""What can be known about clean data at a noise level, exactly, where the data
     r_k = P(k | x_t)                           responsibilities
     E[x_0 | x_t, k]   = mu_k + alpha s_k^2 / T_k (x_t - alpha mu_k)
     Var[x_0 | x_t, k] = s_k^2 sigma^2 / T_k    per dimension
-    I(x_0; x_t) = I(k; x_t) + I(x_0; x_t | k) = H(k) - E[H(r)] + sum_k w_k D/2 ln(T_k / sigma^2)
 
-Nats, sums over dimensions, float64. All is finite at alpha = 0 and sigma = 0 but the information of a density
-at sigma = 0, which is infinite.
+What x_t tells of a target y = p x_0 + q eps is h(x_t) + h(y) - h(x_0) - h(eps) - D ln|alpha q - sigma p|. With
+I(k; z) = H(k) - E[H(r)], r those of z, be it x_t, y or x_0:
+
+    I(y; x_t)  = I(k; x_t) + I(k; y) - I(k; x_0) + sum_k w_k D/2 ln(1 + c_k^2 / (s_k (alpha q - sigma p))^2)
+    c_k        = alpha p s_k^2 + sigma q           covariance of y and x_t within component k
+    I(x_0; x_t) = I(k; x_t) + sum_k w_k D/2 ln(1 + SNR s_k^2)
+
+Nats, sums over dimensions, float64. Information depends on SNR alone, whatever the scaling of the process. All is
+finite at alpha = 0 and sigma = 0 but what x_t tells of x_0 at sigma = 0 and of eps at alpha = 0.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lightning_diffusion.noise_level import NoiseLevel
+from lightning_diffusion.targets import X0, Epsilon, Score, Target, V
 
 _TINY = 1e-60  # a variance that is positive and whose reciprocal times a squared distance is finite
 _REACH = 12.0  # standard deviations beyond which a Gaussian's mass, 4e-33, is dropped
@@ -29,10 +36,19 @@ _DRAWS = 2**13
 
 
 class Estimate(NamedTuple):
-    """Values and their standard errors, both of shape (B,); the errors are zero where quadrature is exact."""
+    """Values and their standard errors, of one shape, (B,) or (); the errors are zero where quadrature is exact."""
 
     value: Tensor
     standard_error: Tensor
+
+
+class InformationCurves(NamedTuple):
+    """What x_t tells of x_0, of the noise (and of the score, its multiple) and of v, nats per sample, shape (B,)."""
+
+    log_snr: Tensor
+    x0: Estimate
+    epsilon: Estimate
+    v: Estimate
 
 
 class _Posterior(NamedTuple):
@@ -113,9 +129,9 @@ class GaussianMixture:
         """Least E|x_0 - x_0_hat|^2, summed over dimensions, at each level (B,); see `estimate_mmse`."""
         return self.estimate_mmse(level, draws).value
 
-    def mutual_information(self, level: NoiseLevel, draws: int = _DRAWS) -> Tensor:
-        """I(x_0; x_t) in nats per sample at each level (B,); see `estimate_mutual_information`."""
-        return self.estimate_mutual_information(level, draws).value
+    def mutual_information(self, level: NoiseLevel, draws: int = _DRAWS, target: Target = X0()) -> Tensor:
+        """I(y; x_t) in nats per sample at each level (B,), y = x_0 or any target; see `estimate_mutual_information`."""
+        return self.estimate_mutual_information(level, draws, target).value
 
     def estimate_mmse(self, level: NoiseLevel, draws: int = _DRAWS) -> Estimate:
         """`mmse` with its standard error.
@@ -125,17 +141,22 @@ class GaussianMixture:
         """
         level = _double(level)
         within = self.stds**2 * level.sigma[:, None] ** 2 / self._total(level)
-        between, error = self._expect(lambda posterior: posterior.spread, level, draws)
+        between, error = self._expect(lambda posterior: posterior.spread, [(1, level)], draws)
         return Estimate(self.dimensions * within @ self.weights + between, error)
 
-    def estimate_mutual_information(self, level: NoiseLevel, draws: int = _DRAWS) -> Estimate:
-        """`mutual_information` with its standard error; only E[H(r)] is not in closed form."""
-        level = _double(level)
-        snr = (level.alpha / level.sigma)[:, None] ** 2
-        within = torch.where(self.stds > 0, torch.log1p(snr * self.stds**2), 0.0)
-        doubt, error = self._expect(lambda posterior: posterior.doubt, level, draws)
+    def estimate_mutual_information(
+        self, level: NoiseLevel, draws: int = _DRAWS, target: Target = X0()
+    ) -> Estimate:
+        """`mutual_information` with its standard error; only E[H(r)] is not in closed form.
+
+        In more than one dimension x_t, y and x_0 share their draws, so that errors cancel where informations do.
+        """
+        level, y = _double(level), _as_level(target, _double(level))
+        clean = NoiseLevel(torch.ones_like(level.alpha), torch.zeros_like(level.alpha))
+        signed = [(1, level)] if isinstance(target, X0) else [(1, level), (1, y), (-1, clean)]
+        doubt, error = self._expect(lambda posterior: posterior.doubt, signed, draws)
         known = -self.weights.xlogy(self.weights).sum() - doubt
-        return Estimate(known + self.dimensions / 2 * within @ self.weights, error)
+        return Estimate(known + self.dimensions / 2 * self._within(level, y) @ self.weights, error)
 
     def _check(self) -> None:
         shapes = tuple(tuple(part.shape) for part in (self.weights, self.means, self.stds))
@@ -154,6 +175,13 @@ class GaussianMixture:
         """T_k, shape (B, K)."""
         return ((level.alpha[:, None] * self.stds) ** 2 + level.sigma[:, None] ** 2).clamp(min=_TINY)
 
+    def _within(self, level: NoiseLevel, y: NoiseLevel) -> Tensor:
+        """ln(1 + c_k^2 / (s_k (alpha q - sigma p))^2), shape (B, K)."""
+        covariance = (level.alpha * y.alpha)[:, None] * self.stds**2 + (level.sigma * y.sigma)[:, None]
+        determinant = (level.alpha * y.sigma - level.sigma * y.alpha)[:, None]
+        ratio = covariance / (self.stds * determinant)
+        return torch.where(covariance == 0, 0.0, ratio**2).log1p()
+
     def _log_joint(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """ln w_k + ln N(x; alpha mu_k, T_k I), shape (B, K)."""
         total = self._total(level)
@@ -167,35 +195,67 @@ class GaussianMixture:
         means = [mu + g[:, None] * (x - alpha * mu) for mu, g in zip(self.means, gain.unbind(1), strict=True)]
         return _Posterior(self._log_joint(x, level).softmax(1), means)
 
-    def _expect(self, function: _Function, level: NoiseLevel, draws: int) -> Estimate:
-        """E[f(x_t)] at each level."""
-        levels = [NoiseLevel(*(part[i : i + 1] for part in level)) for i in range(len(level.alpha))]
+    def _expect(self, function: _Function, signed: Sequence[tuple[int, NoiseLevel]], draws: int) -> Estimate:
+        """The sum of +-E[f(x_t)] over several levels, each of shape (B,)."""
+        batch = len(signed[0][1].alpha)
+        rows = [[(sign, _row(level, i)) for sign, level in signed] for i in range(batch)]
         exact = self.dimensions == 1
-        rows = [
-            self._quadrature(function, at) if exact else self._monte_carlo(function, at, draws)
-            for at in levels
-        ]
-        return Estimate(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+        sums = [self._sum(function, row) if exact else self._mean(function, row, draws) for row in rows]
+        return Estimate(*(torch.stack(parts) for parts in zip(*sums, strict=True)))
 
-    def _quadrature(self, function: _Function, level: NoiseLevel) -> Estimate:
-        """Gauss and Legendre between all the components' half standard deviations, so that none is missed."""
+    def _sum(self, function: _Function, row: list[tuple[int, NoiseLevel]]) -> Estimate:
+        value = torch.stack([sign * self._quadrature(function, level) for sign, level in row]).sum()
+        return Estimate(value, torch.zeros_like(value))
+
+    def _mean(self, function: _Function, row: list[tuple[int, NoiseLevel]], draws: int) -> Estimate:
+        drawn = torch.stack([sign * self._monte_carlo(function, level, draws) for sign, level in row]).sum(0)
+        return Estimate(drawn.mean(), drawn.std() / len(drawn) ** 0.5)
+
+    def _quadrature(self, function: _Function, level: NoiseLevel) -> Tensor:
+        """E[f(x_t)] by Gauss and Legendre between all components' half standard deviations: none is missed."""
         steps = torch.linspace(-_REACH, _REACH, int(4 * _REACH) + 1, dtype=torch.float64)
         edges = (level.alpha * self.means + self._total(level).sqrt().T * steps).flatten().sort().values
         x, weight = _gauss_legendre(edges)
         x, at = x[:, None], level.expand(len(x))
         density = self.log_prob(x, at).exp()
-        value = (weight * density * function(self._posterior(x, at))).sum()
-        return Estimate(value, torch.zeros_like(value))
+        return (weight * density * function(self._posterior(x, at))).sum()
 
-    def _monte_carlo(self, function: _Function, level: NoiseLevel, draws: int) -> Estimate:
-        """The same `draws` of noise around every component, so that the weights are exact."""
+    def _monte_carlo(self, function: _Function, level: NoiseLevel, draws: int) -> Tensor:
+        """f(x_t), mean of each pair of opposite noises, shape (draws / 2,).
+
+        The same noise around every component, so that the weights are exact; opposite, so that what is linear in the
+        noise, most of it at low SNR, cancels.
+        """
         noise = torch.randn(
-            draws, self.dimensions, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+            (draws + 1) // 2, self.dimensions, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
         )
-        centres, widths, at = level.alpha * self.means, self._total(level).sqrt()[0], level.expand(draws)
+        noise = torch.cat([noise, -noise])
+        centres, widths, at = level.alpha * self.means, self._total(level).sqrt()[0], level.expand(len(noise))
         values = [function(self._posterior(c + w * noise, at)) for c, w in zip(centres, widths, strict=True)]
-        mixed = self.weights @ torch.stack(values)
-        return Estimate(mixed.mean(), mixed.std() / draws**0.5)
+        return (self.weights @ torch.stack(values)).reshape(2, -1).mean(0)
+
+
+def information_curves(mixture: GaussianMixture, log_snr: Tensor, draws: int = _DRAWS) -> InformationCurves:
+    """I(x_0; x_t), I(eps; x_t) = I(score; x_t) and I(v; x_t) over log-SNR (B,), for every process alike.
+
+    Against time, give `schedule.log_snr(t)`. Infinite where they are: x_0 at log-SNR inf and eps at -inf if x_0 has a
+    density; eps and v everywhere in between if it is a finite set, whose points x_t singles out.
+    """
+    log_snr = log_snr.double()
+    level = NoiseLevel(log_snr.sigmoid().sqrt(), log_snr.neg().sigmoid().sqrt())
+    targets = (X0(), Epsilon(), V())
+    return InformationCurves(
+        log_snr, *(mixture.estimate_mutual_information(level, draws, y) for y in targets)
+    )
+
+
+def _as_level(target: Target, level: NoiseLevel) -> NoiseLevel:
+    """y = p x_0 + q eps as a level (p, q); the score is a multiple of eps, which is finite at sigma = 0."""
+    return NoiseLevel(*(Epsilon() if isinstance(target, Score) else target).row(level))
+
+
+def _row(level: NoiseLevel, i: int) -> NoiseLevel:
+    return NoiseLevel(level.alpha[i : i + 1], level.sigma[i : i + 1])
 
 
 def _double(level: NoiseLevel) -> NoiseLevel:
