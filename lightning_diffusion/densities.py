@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,14 @@ from lightning_diffusion.schedules import Schedule
 
 
 class Density(ABC):
-    """A distribution over log-SNR."""
+    """A distribution over log-SNR.
+
+    `stands_for_another`: draws are not from `log_prob`, which is what they mean; `importance` makes up for it.
+    `learns`: wants to be told of the gradients that its draws gave.
+    """
+
+    stands_for_another: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
 
     @abstractmethod
     def quantile(self, u: Tensor, schedule: Schedule) -> Tensor:
@@ -47,6 +55,21 @@ class Density(ABC):
         """Log-SNRs of this rank's share of a batch, stratified over ranks and accumulation; float64 on the CPU."""
         u = key.stratified_uniform("noise level", batch).clamp(1e-12, 1 - 1e-12)
         return self.quantile(u, schedule)
+
+    def observe(self, log_snr: Tensor, gradient: Tensor, schedule: Schedule, key: RandomKey) -> None:
+        """Take note of squared gradients at drawn levels, both of shape (B,); asked only of one that `learns`."""
+        raise NotImplementedError(f"{self} does not learn.")
+
+    def check(self, schedule: Schedule) -> None:
+        """Raise a ValueError if no draw falls into the range of the schedule."""
+        drawn = self.quantile(_spread(1000), schedule)
+        low, high = sorted(schedule.log_snr(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist())
+        if not ((drawn >= low - 1e-6) & (drawn <= high + 1e-6)).any():
+            raise ValueError(
+                f"{self} draws log-SNRs from {drawn.min():.3g} to {drawn.max():.3g}, but {schedule} goes from "
+                f"{low:.3g} to {high:.3g}: no level that sampling passes through would be trained. Move the density, "
+                "or the schedule's range, to where the other is."
+            )
 
 
 @dataclass(frozen=True)
@@ -119,12 +142,15 @@ class Truncated(Density):
         min_log_snr, max_log_snr: where.
 
     Raises:
-        ValueError: when drawing, if there is nothing between them.
+        ValueError: if there is nothing between them, when drawing; for a density that stands for another.
     """
 
     density: Density
     min_log_snr: float = -10.0
     max_log_snr: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_plain(self, self.density)
 
     def quantile(self, u: Tensor, schedule: Schedule) -> Tensor:
         low, high = _shares(self, schedule)
@@ -154,10 +180,18 @@ class Importance(Density):
     Args:
         drawn: where samples fall; positive wherever `intended` is.
         intended: what the training means.
+
+    Raises:
+        ValueError: if one of them stands for another already, or, by `check`, if `drawn` leaves out what is intended.
     """
 
     drawn: Density
     intended: Density
+    stands_for_another = True
+
+    def __post_init__(self) -> None:
+        check_plain(self, self.drawn)
+        check_plain(self, self.intended)
 
     def quantile(self, u: Tensor, schedule: Schedule) -> Tensor:
         return self.drawn.quantile(u, schedule)
@@ -166,7 +200,41 @@ class Importance(Density):
         return self.intended.log_prob(log_snr, schedule)
 
     def importance(self, log_snr: Tensor, schedule: Schedule) -> Tensor:
-        return (self.intended.log_prob(log_snr, schedule) - self.drawn.log_prob(log_snr, schedule)).exp()
+        intended = self.intended.log_prob(log_snr, schedule)
+        ratio = (intended - self.drawn.log_prob(log_snr, schedule)).exp()
+        return ratio.where(intended > -math.inf, 0.0)
+
+    def check(self, schedule: Schedule) -> None:
+        """Also raise if more than a thousandth of what is intended is never drawn."""
+        super().check(schedule)
+        intended = self.intended.quantile(_spread(10_000), schedule)
+        missed = intended[self.drawn.log_prob(intended, schedule) == -math.inf]
+        if len(missed) > 10:
+            raise ValueError(
+                f"{self.drawn} misses {len(missed) / 10_000:.1%} of {self.intended}, between log-SNR "
+                f"{missed.min():.3g} and {missed.max():.3g}: those levels would not be trained. Draw from a density "
+                "that covers them, or write Truncated(...) around the intended one."
+            )
+
+
+def intended_by(density: Density) -> Density:
+    """What its draws mean: the density itself, unless it stands for another."""
+    intended: Density = getattr(density, "intended", density)
+    return intended
+
+
+def check_plain(outer: Density, inner: Density) -> None:
+    """Raise a ValueError if `inner`, a part of `outer`, draws from another density than its own."""
+    if inner.stands_for_another:
+        raise ValueError(
+            f"{type(outer).__name__} was given {inner}, whose draws stand for another density; expected one that "
+            "means what it draws: write the intended density itself."
+        )
+
+
+def _spread(n: int) -> Tensor:
+    """Middles of n equal parts of (0, 1)."""
+    return (torch.arange(n, dtype=torch.float64) + 0.5) / n
 
 
 def _inside(log_snr: Tensor, sigma_min: float, sigma_max: float) -> Tensor:

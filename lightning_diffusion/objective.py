@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_diffusion.batches import LABEL
-from lightning_diffusion.densities import Density
+from lightning_diffusion.densities import Density, Importance, intended_by
 from lightning_diffusion.noise_level import NoiseLevel, per_sample
 from lightning_diffusion.preconditioning import Preconditioning
 from lightning_diffusion.recording import Recorded
 from lightning_diffusion.resume import RandomKey
 from lightning_diffusion.schedules import Schedule
 from lightning_diffusion.stable_targets import References, StableTarget
-from lightning_diffusion.weightings import Setting, Weighting
+from lightning_diffusion.tabulated_densities import integral, support, tabulate, tabulate_entries
+from lightning_diffusion.targets import Space
+from lightning_diffusion.weightings import EDMWeighting, Setting, Weighting
 
 Condition = Mapping[str, Tensor]
 
@@ -52,7 +54,8 @@ class DiffusionObjective(Recorded, nn.Module):
         stable_target: regress, while training, on the mean over many clean samples; None on the one alone.
 
     Raises:
-        ValueError: where the target loses the data at a level of the schedule.
+        ValueError: where the target loses the data at a level of the schedule; for a density that draws nothing
+            within the schedule's range, or leaves out what it stands for.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class DiffusionObjective(Recorded, nn.Module):
     ) -> None:
         super().__init__()
         preconditioning.check(schedule)
+        density.check(schedule)
         self.schedule = schedule
         self.density = copy.deepcopy(density)
         self.preconditioning = copy.deepcopy(preconditioning)
@@ -86,8 +90,12 @@ class DiffusionObjective(Recorded, nn.Module):
             references = self.stable_target.references(at_least_float32(x0), condition or {}, null)
             x0 = self.stable_target.trained(x0)
             condition = {name: self.stable_target.trained(c) for name, c in (condition or {}).items()}
-        level, noise = self.draw(x0, key or RandomKey())
-        return self.loss_at(network, x0, noise, level, condition, references)
+        key = key or RandomKey()
+        level, noise = self.draw(x0, key)
+        report = self.loss_at(network, x0, noise, level, condition, references)
+        if self.density.learns and self.training and torch.is_grad_enabled():
+            self._observe(report.detach(), key)
+        return report
 
     def draw(self, x0: Tensor, key: RandomKey) -> tuple[NoiseLevel, Tensor]:
         """Stratified levels and this rank's noise for a batch x0 of shape (B, ...)."""
@@ -115,6 +123,8 @@ class DiffusionObjective(Recorded, nn.Module):
         error = output - self.preconditioning.residual(x0, noise, level)
         weighted = self.weight(level) * error.square().flatten(1).mean(1)
         minimised = self.weighting.combine(weighted, c_noise)
+        importance = self.density.importance(level.log_snr, self.schedule)
+        minimised = minimised if importance is None else minimised * importance
         return Report(minimised.mean(), weighted, level)
 
     def denoise(
@@ -127,14 +137,86 @@ class DiffusionObjective(Recorded, nn.Module):
         return self.preconditioning.to_x0(output, x_t, level)
 
     def weight(self, level: NoiseLevel) -> Tensor:
-        """The weight on the network's own squared error, carried from the space that it is stated in, shape (B,)."""
+        """The weight on the network's own squared error, carried from the space that it is stated in, shape (B,).
+
+        Importance weights of the density are no part of it, nor of `Report.per_sample`, only of the loss.
+        """
         weight = self.weighting(level, self._setting)
         stated, own = self.weighting.space, self.preconditioning.output_space
         if stated is not own:
             D = self.preconditioning.determinant
             weight = weight * (D(stated, level) / D(own, level)) ** 2
-        importance = self.density.importance(level.log_snr, self.schedule)
-        return weight if importance is None else weight * importance
+        return weight
+
+    def effective_weight(self, log_snr: Tensor, normalize: bool = False) -> Tensor:
+        """What is trained on, on the axis that all objectives share: omega(log_snr), (B,) to (B,).
+
+            loss = integral of omega(log_snr) E|R - R_hat|^2 d log_snr        R the residual of unit variance
+
+        Density times weight; importance weights cancel. Two objectives train the same thing if their curves are
+        proportional, whatever the process, target, coefficients and density (for data of other deviations over
+        log_snr + 2 ln sigma_data). The entries of a table count by the width of their cells.
+
+        Args:
+            log_snr: where.
+            normalize: divide by the integral over all that is drawn.
+        """
+        omega = self._weight_on_residual(log_snr) * self.density.log_prob(log_snr, self.schedule).exp()
+        if not normalize:
+            return omega
+        density = intended_by(self.density)
+        return omega / integral(self.effective_weight, *support(density, self.schedule)).to(omega)
+
+    def with_density(self, density: Density) -> DiffusionObjective:
+        """The same objective with samples drawn elsewhere: the expected gradient stays, its variance does not.
+
+        Args:
+            density: where samples fall; an entry of a table counts as its cell, and a cell as its entry.
+
+        Raises:
+            ValueError: if it leaves out more than a thousandth of what the present density intends.
+        """
+        return self._changed(density=Importance(density, intended_by(self.density)))
+
+    def absorb_weight(self) -> DiffusionObjective:
+        """The same objective with its weight moved into the density; what remains is constant on the residual.
+
+        The gradient's expectation stays, to within the interpolation between 1025 knots (1e-4), or exactly on a table.
+
+        Raises:
+            ValueError: for a weighting that is learned, as the density would not follow it.
+        """
+        if isinstance(self.weighting, nn.Module):
+            raise ValueError(
+                f"{type(self.weighting).__name__} changes while it is trained; a density would not follow it. "
+                "Draw where gradients are large by AdaptiveDensity instead, or choose a fixed weighting."
+            )
+        intended = intended_by(self.density)
+        density = tabulate_entries(self._weight_on_residual, intended, self.schedule) or tabulate(
+            self.effective_weight, intended, self.schedule
+        )
+        return self._changed(density=density, weighting=EDMWeighting(density.total))
+
+    def _changed(self, **parts: Any) -> DiffusionObjective:
+        names = ("schedule", "density", "preconditioning", "weighting", "stable_target")
+        return DiffusionObjective(**{name: getattr(self, name) for name in names} | parts)
+
+    @torch.no_grad()
+    def _weight_on_residual(self, log_snr: Tensor) -> Tensor:
+        level, D = self.schedule.at(log_snr), self.preconditioning.determinant
+        own = D(self.preconditioning.output_space, level) / D(Space.RESIDUAL, level)
+        return self.weight(level) * self._slope(level) * own**2
+
+    def _slope(self, level: NoiseLevel) -> Tensor:
+        """What a learned weighting makes of a weighted loss: d minimised / d weighted, shape (B,)."""
+        c_noise, one = self.preconditioning.c_noise(level), torch.ones_like(level.sigma)
+        return self.weighting.combine(one, c_noise) - self.weighting.combine(torch.zeros_like(one), c_noise)
+
+    @torch.no_grad()
+    def _observe(self, report: Report, key: RandomKey) -> None:
+        """Tell the density the squared gradient of each sample's loss with respect to the output, but for a factor."""
+        gradient = self.weight(report.level) * self._slope(report.level) ** 2 * report.per_sample
+        self.density.observe(report.level.log_snr, gradient, self.schedule, key)
 
     @property
     def _setting(self) -> Setting:

@@ -15,6 +15,10 @@ from lightning_diffusion.noise_level import NoiseLevel
 from lightning_diffusion.processes import Schedule as Schedule
 from lightning_diffusion.processes import StraightPath, VarianceExploding, VariancePreserving
 
+_ROUNDING = (
+    1e-4  # the first and last entries of a table stay inside it when their log-SNR is rounded to float32
+)
+
 
 @dataclass(frozen=True)
 class EDMSchedule(VarianceExploding):
@@ -195,7 +199,7 @@ class DiscreteSchedule(VariancePreserving):
         cells = torch.cat([gaps[:1], gaps[:-1] + gaps[1:], gaps[-1:]]) / 2
         borders = (finite[:-1] + finite[1:]) / 2
         cell = torch.searchsorted(-borders, -log_snr)
-        inside = (log_snr <= finite[0]) & (log_snr >= finite[-1])
+        inside = (log_snr <= finite[0] + _ROUNDING) & (log_snr >= finite[-1] - _ROUNDING)
         return (-(cells[cell] * self.num_steps).log()).where(inside, -math.inf)
 
     def sampling_times(self, num_steps: int) -> Tensor:

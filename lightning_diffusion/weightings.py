@@ -66,12 +66,21 @@ class Constant(Weighting):
 
 @dataclass(frozen=True)
 class EDMWeighting(Weighting):
-    """w = SNR + 1 / sigma_data^2 on x_0, which is 1 on the residual (Karras et al. 2022, Table 1)."""
+    """w = SNR + 1 / sigma_data^2 on x_0, which is 1 on the residual (Karras et al. 2022, Table 1).
 
+    Args:
+        scale: a factor on all levels alike.
+    """
+
+    scale: float = 1.0
     space = Space.RESIDUAL
 
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise ValueError(f"Found {self}; expected scale > 0.")
+
     def __call__(self, level: NoiseLevel, setting: Setting) -> Tensor:
-        return torch.ones_like(level.sigma)
+        return torch.full_like(level.sigma, self.scale)
 
 
 class SNRWeighting(Weighting):
@@ -208,8 +217,9 @@ class Sigmoid(Weighting):
     def __call__(self, level: NoiseLevel, setting: Setting) -> Tensor:
         log_snr = level.log_snr
         log_weight = logsigmoid(self.bias - log_snr - 2 * math.log(setting.sigma_data))
-        weight = (log_weight - setting.log_prob(log_snr)).exp()
-        return weight.where((level.alpha > 0) & (level.sigma > 0), 0.0)
+        log_prob = setting.log_prob(log_snr)
+        weight = (log_weight - log_prob).exp()
+        return weight.where((level.alpha > 0) & (level.sigma > 0) & (log_prob > -math.inf), 0.0)
 
 
 class Uncertainty(Recorded, nn.Module, Weighting):
