@@ -77,8 +77,8 @@ def write_latents(
     writing = Writing(secrets.token_hex(8), fingerprint(autoencoder), num_classes)
     for part, loader in loaders.items():
         for number, (rows, tensors) in enumerate(_cut(_encoded(loader, autoencoder), shard_bytes)):
-            count = math.ceil(len(loader.dataset) / rows)  # type: ignore[arg-type]
-            write_shard(folder, part, number, count, tensors, writing)
+            total = math.ceil(len(loader.dataset) / rows)  # type: ignore[arg-type]
+            write_shard(folder, part, number, total, tensors, writing)
     return list_shards(folder)
 
 

@@ -35,12 +35,12 @@ class Writing(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What a file's header says: it is `number` of `count` in its part, of `size` samples of `shape`."""
+    """What a file's header says: it is `number` of `total` in its part, of `size` samples of `shape`."""
 
     path: Path
     part: Part
     number: int
-    count: int
+    total: int
     size: int
     shape: tuple[int, ...]
     writing: Writing
@@ -58,10 +58,10 @@ def path_of(folder: Path, part: Part, number: int) -> Path:
 
 
 def write_shard(
-    folder: Path, part: Part, number: int, count: int, tensors: Mapping[str, Tensor], writing: Writing
+    folder: Path, part: Part, number: int, total: int, tensors: Mapping[str, Tensor], writing: Writing
 ) -> None:
     """Write one shard."""
-    header = {"format": FORMAT, "version": VERSION, "part": part, "number": str(number), "count": str(count)}
+    header = {"format": FORMAT, "version": VERSION, "part": part, "number": str(number), "total": str(total)}
     header |= {name: str(value) for name, value in writing._asdict().items()}
     write_tensors(path_of(folder, part, number), tensors, header)
 
@@ -90,14 +90,14 @@ def read_header(path: Path) -> Shard:
             f"{path} was not written by write_latents, or by another version of it: move it out of the folder, or "
             "write the latents again."
         )
-    number, count, num_classes = (int(header[name]) for name in ("number", "count", "num_classes"))
+    number, total, num_classes = (int(header[name]) for name in ("number", "total", "num_classes"))
     writing = Writing(header["identity"], header["autoencoder"], num_classes)
     part: Part = "training" if header["part"] == "training" else "held_out"
     if path.name != path_of(path.parent, part, number).name:
         raise ValueError(
             f"{path} says that it is {path_of(path.parent, part, number).name}: give it its name back."
         )
-    return Shard(path, part, number, count, size, tuple(shape), writing)
+    return Shard(path, part, number, total, size, tuple(shape), writing)
 
 
 def list_shards(folder: str | Path) -> list[Shard]:
@@ -135,10 +135,10 @@ def _check_alike(shard: Shard, first: Shard) -> None:
 
 def _check_complete(shards: Sequence[Shard]) -> None:
     found = {shard.number for shard in shards}
-    missing = sorted(set(range(shards[0].count)) - found) if shards else []
+    missing = sorted(set(range(shards[0].total)) - found) if shards else []
     if missing:
         path = path_of(shards[0].path.parent, shards[0].part, missing[0])
         raise ValueError(
-            f"{path} is missing, with it {len(missing)} of {shards[0].count} shards: the writing was stopped, or files "
+            f"{path} is missing, with it {len(missing)} of {shards[0].total} shards: the writing was stopped, or files "
             "were lost. Write the latents again."
         )

@@ -7,6 +7,7 @@ COMMANDS = {
     "predict": "lightning_diffusion.commands.train",
     "sample": "lightning_diffusion.commands.sample",
     "ema": "lightning_diffusion.commands.ema",
+    "prepare": "lightning_diffusion.commands.prepare",
 }
 
 HELP = """\
@@ -20,5 +21,6 @@ Train diffusion models and draw from them.
   predict    samples for the conditions of the prediction data
   sample     draw images:     lightning-diffusion sample --checkpoint runs/digits-1 --num 64 --out samples.png
   ema        averages of any width after training: lightning-diffusion ema sweep runs/digits-1
+  prepare    latents, computed once before training
 
 COMMAND --help tells its options, --version the version."""

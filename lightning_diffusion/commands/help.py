@@ -14,7 +14,8 @@ run
   --seed_everything INT          of all random numbers
 
 data
-  --data CLASS                   DigitsDataModule, ImageFolderDataModule, GaussianMixtureDataModule
+  --data CLASS                   DigitsDataModule, ImageFolderDataModule, LatentsDataModule,
+                                 GaussianMixtureDataModule
   --data.folder PATH             images for ImageFolderDataModule, a sub-folder per class
   --data.batch_size INT          images per process and micro-batch
   --data.image_size INT          pixels
@@ -25,7 +26,7 @@ model
   --model.objective CLASS        EDM, DDPM, VPrediction, DiffusionObjective
   --model.objective.density.mean FLOAT
                                  any argument of the objective or of its parts
-  --model.representation CLASS   Identity, Standardize
+  --model.representation CLASS   Identity, Standardize, LatentRepresentation
   --model.sampler CLASS          Heun, Euler, DDIM, Ancestral
   --model.optimizer CLASS        any of torch.optim; AdamW by default
   --model.optimizer.lr FLOAT     any of its arguments

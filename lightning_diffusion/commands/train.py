@@ -52,7 +52,7 @@ _OWN = {"fit": ("resume", "name", "runs"), "predict": ("checkpoint", "out")}
 def run(command: str, arguments: list[str]) -> int:
     """Run one of Lightning's four commands."""
     quiet()
-    _import_all_components()
+    import_all_components()
     forget_arguments_where_classes_change()
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     place = value_of(arguments, "--resume") or value_of(arguments, "--checkpoint")
@@ -62,7 +62,7 @@ def run(command: str, arguments: list[str]) -> int:
     return 0
 
 
-def _import_all_components() -> None:
+def import_all_components() -> None:
     """Short class names in YAML are those of imported classes."""
     for name in lightning_diffusion.__all__:
         getattr(lightning_diffusion, name)

@@ -1,0 +1,119 @@
+"""prepare latents: encode the images of a configuration by its autoencoder."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_diffusion.autoencoders import PretrainedAutoencoder
+from lightning_diffusion.commands.classes import forget_arguments_where_classes_change
+from lightning_diffusion.commands.errors import UnknownOptionError
+from lightning_diffusion.commands.quiet import quiet
+from lightning_diffusion.commands.train import Parser, import_all_components
+from lightning_diffusion.datamodules import LatentsDataModule, write_latents
+from lightning_diffusion.io import write_atomically
+from lightning_diffusion.latent import LatentRepresentation
+from lightning_diffusion.latent_shards import AUTOENCODER, Shard
+from lightning_diffusion.module import DiffusionModule
+from lightning_diffusion.recording import public_path
+
+OVERLAY = "latents.yaml"
+
+
+class PreparingCLI(LightningCLI):
+    """Reads the configuration of a run and makes its model and data, but no Trainer."""
+
+    def __init__(self, arguments: list[str], own_options: Sequence[str]) -> None:
+        self.own_options = own_options
+        super().__init__(
+            DiffusionModule,
+            LightningDataModule,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"exit_on_error": False},
+            auto_configure_optimizers=False,
+            run=False,
+            args=arguments,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            unknown = re.search(r"unrecognized arguments: ([^\s=]+)", error.message)
+            if unknown:
+                raise UnknownOptionError(
+                    unknown[1], [*self.own_options, *parser._option_string_actions]
+                ) from error
+            raise
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """None."""
+
+
+def prepare(own: argparse.Namespace, arguments: list[str], own_options: Sequence[str]) -> None:
+    """Write the latents and the configuration that trains on them."""
+    quiet()
+    import_all_components()
+    forget_arguments_where_classes_change()
+    cli = PreparingCLI(arguments, own_options)
+    representation = cli.model.representation
+    if not isinstance(representation, LatentRepresentation) or representation.encoded:
+        raise ValueError(
+            f"prepare latents needs an autoencoder and images: found model.representation {_named(representation)}, "
+            "expected LatentRepresentation with encoded: false"
+        )
+    device = own.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    autoencoder = representation.autoencoder.to(device)
+    shards = write_latents(cli.datamodule, autoencoder, own.out, own.batch_size, own.overwrite)
+    overlay = Path(own.out) / OVERLAY
+    text = yaml.safe_dump(_overlay(cli.config.as_dict(), own.out), sort_keys=False)
+    write_atomically(overlay, lambda file: file.write(text.encode()))
+    print(f"{own.out}: {_described(shards)}")
+    print(f"  train  lightning-diffusion fit {_configs(arguments)}--config {overlay}", flush=True)
+
+
+def _named(representation: Any) -> str:
+    encoded = getattr(representation, "encoded", False)
+    return f"{type(representation).__name__}{' with encoded: true' if encoded else ''}"
+
+
+def _overlay(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What a configuration says of representation and data, for training on what was written."""
+    representation = config["model"]["representation"]
+    arguments = representation["init_args"]
+    pretrained = public_path(PretrainedAutoencoder)
+    if arguments["autoencoder"]["class_path"] != pretrained:
+        weights = {"autoencoder": arguments["autoencoder"], "weights": str(Path(folder) / AUTOENCODER)}
+        arguments = {**arguments, "autoencoder": {"class_path": pretrained, "init_args": weights}}
+    batch_size = config["data"].get("init_args", {}).get("batch_size", 64)
+    data = {"folder": folder, "batch_size": batch_size}
+    return {
+        "model": {"representation": {**representation, "init_args": {**arguments, "encoded": True}}},
+        "data": {"class_path": public_path(LatentsDataModule), "init_args": data},
+    }
+
+
+def _described(shards: Sequence[Shard]) -> str:
+    sizes = {part: sum(s.size for s in shards if s.part == part) for part in ("training", "held_out")}
+    megabytes = sum(shard.path.stat().st_size for shard in shards) / 1e6
+    shape = " x ".join(str(number) for number in shards[0].shape)
+    return f"{sizes['training']} training and {sizes['held_out']} held-out latents of {shape}, {megabytes:.1f} MB"
+
+
+def _configs(arguments: list[str]) -> str:
+    """The `--config FILE` among the arguments, each with a space behind it."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    files = [value for option, value in pairs if option == "--config"]
+    files += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    return "".join(f"--config {file} " for file in files)
