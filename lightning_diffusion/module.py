@@ -150,6 +150,7 @@ class DiffusionModule(Drawing, L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         _check_format(checkpoint)
+        _check_representation(self.representation, checkpoint["state_dict"])
         self.averages = averages_in(checkpoint)
 
     def _recorded_parts(self) -> dict[str, Any]:
@@ -279,4 +280,14 @@ def _check_format(checkpoint: dict[str, Any]) -> None:
         raise ValueError(
             f"Found a checkpoint of format {found}; this version of lightning-diffusion reads {CHECKPOINT_FORMAT}. "
             "It was written by something else, or by a newer version: install that one."
+        )
+
+
+def _check_representation(representation: Representation, state: dict[str, Tensor]) -> None:
+    saved = any(name.startswith("representation.") for name in state)
+    if saved and not representation.state_dict():
+        raise ValueError(
+            "The checkpoint's representation is made of parts that cannot be recorded, such as a foreign autoencoder: "
+            "give load_from_checkpoint(..., representation=...) the one that it was trained with. An autoencoder that "
+            "is a subclass of lightning_diffusion.Autoencoder is recorded."
         )
