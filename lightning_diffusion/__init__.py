@@ -21,6 +21,8 @@ _PUBLIC = {
         "ScaledLinearSchedule",
         "SigmoidSchedule",
     ],
+    "adaptive_density": ["AdaptiveDensity"],
+    "tabulated_densities": ["TabulatedDensity", "TabulatedTime"],
     "densities": ["Density", "Importance", "LogNormalSigma", "LogUniformSigma", "Truncated", "UniformSigma"],
     "time_densities": [
         "CosMapTime",

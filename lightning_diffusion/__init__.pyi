@@ -1,4 +1,5 @@
 # written by `python tests/test_package.py`
+from lightning_diffusion.adaptive_density import AdaptiveDensity as AdaptiveDensity
 from lightning_diffusion.autoencoders import Autoencoder as Autoencoder
 from lightning_diffusion.autoencoders import DiffusersAutoencoder as DiffusersAutoencoder
 from lightning_diffusion.autoencoders import PretrainedAutoencoder as PretrainedAutoencoder
@@ -67,6 +68,8 @@ from lightning_diffusion.schedules import LinearSchedule as LinearSchedule
 from lightning_diffusion.schedules import ScaledLinearSchedule as ScaledLinearSchedule
 from lightning_diffusion.schedules import SigmoidSchedule as SigmoidSchedule
 from lightning_diffusion.stable_targets import StableTarget as StableTarget
+from lightning_diffusion.tabulated_densities import TabulatedDensity as TabulatedDensity
+from lightning_diffusion.tabulated_densities import TabulatedTime as TabulatedTime
 from lightning_diffusion.targets import Epsilon as Epsilon
 from lightning_diffusion.targets import Flow as Flow
 from lightning_diffusion.targets import Score as Score

@@ -26,7 +26,7 @@ from lightning_diffusion.recording import Recorded
 from lightning_diffusion.resume import RandomKey
 from lightning_diffusion.schedules import Schedule
 
-_PRIOR = 8.0  # samples of average gradient that every stratum starts with
+_PRIOR = 4.0  # samples of average gradient that stand in while a stratum has few of its own
 _TINY = 1e-30
 
 
@@ -99,9 +99,7 @@ class AdaptiveDensity(Recorded, nn.Module, Density):
         member = stratum[:, None] == torch.arange(self.bins, device=log_snr.device)
         usable = gradient.isfinite()
         pair = torch.stack([gradient.where(usable, 0.0), usable.to(gradient)])
-        sums = (
-            (pair[:, :, None] * member).sum(1).to(self.seen)
-        )  # in a fixed order, unlike index_add_ on a GPU
+        sums = (pair[:, :, None] * member).sum(1).to(self.seen)  # in a fixed order, unlike index_add_
         if key.batch % key.accumulate and self._partial is not None:
             sums = sums + self._partial
         self._partial = sums
@@ -133,7 +131,8 @@ class AdaptiveDensity(Recorded, nn.Module, Density):
         self.seen.mul_(decay).add_(self.pending)
         total, count = self.seen
         typical = total.sum() / count.sum().clamp(min=1)
-        size = ((total + _PRIOR * typical) / (count + _PRIOR) + _TINY).sqrt()
+        prior = _PRIOR**2 / (_PRIOR + count)
+        size = ((total + prior * typical) / (count + prior) + _TINY).sqrt()
         mass = _strata(self.intended, schedule, self.bins)[1].to(size)
         self.multiplier.copy_(self.floor + (1 - self.floor) * size / (mass * size).sum())
         self.pending.zero_()

@@ -44,6 +44,10 @@ DENSITIES = [
     ld.CosMapTime(),
     ld.ModeTime(),
     ld.ModeTime(scale=-0.5),
+    ld.TabulatedDensity((-6.0, -1.0, 0.0, 7.0), (-3.0, 0.0, 0.5, -4.0)),
+    ld.TabulatedTime((1.0, 3.0, 2.0)),
+    ld.AdaptiveDensity(),
+    ld.AdaptiveDensity(ld.UniformTime(), floor=0.3, bins=10),
 ]
 TARGETS = [ld.X0(), ld.Epsilon(), ld.V(), ld.Score(), ld.Flow()]
 WEIGHTINGS = [
