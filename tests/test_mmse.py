@@ -16,7 +16,7 @@ from lightning_diffusion.analysis.moments import moments
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "gaussian_mixture_1d.json").read_text())
 FINE = torch.linspace(-16, 20, 181, dtype=torch.float64)
-COARSE = torch.linspace(-10, 10, 21, dtype=torch.float64)
+COARSE = torch.linspace(-10, 10, 41, dtype=torch.float64)
 VP = ld.ContinuousCosineSchedule()
 
 
@@ -104,7 +104,7 @@ def test_the_best_denoiser_meets_the_exact_curve_within_three_standard_errors(di
     ]
     for mine, theirs in pairs:
         error = (mine.standard_error**2 + theirs.standard_error**2).sqrt()
-        assert ((mine.value - theirs.value).abs() < 3 * error + 2e-3 * theirs.value).all()
+        assert ((mine.value - theirs.value).abs() < 3 * error + 1e-4 * theirs.value.abs()).all()
     assert (found.epsilon.standard_error < 0.06 * found.epsilon.value).all()
 
 
@@ -112,7 +112,7 @@ def test_standard_errors_are_the_spread_of_repetitions() -> None:
     """Of 120 curves, for the errors and for integrals, whose errors rest on the covariance between levels."""
     of = mixture()
     curves = [
-        mmse_curve(of.denoise, of.sample(50, torch.Generator().manual_seed(i)), COARSE[::4], seed=i)
+        mmse_curve(of.denoise, of.sample(50, torch.Generator().manual_seed(i)), COARSE[::8], seed=i)
         for i in range(120)
     ]
     for name in ("epsilon", "x0", "mutual_information"):

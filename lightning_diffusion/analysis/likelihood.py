@@ -12,7 +12,6 @@ nothing). Bits per dimension are nats / (D ln 2).
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,21 +19,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_diffusion.analysis.decoders import Decoder, DiscreteDecoder, GaussianDecoder
 from lightning_diffusion.analysis.information import Estimate
 from lightning_diffusion.analysis.measuring import (
     Measured,
-    Units,
-    dimensions_of,
     draw_noise,
     generator,
     measured,
     measured_module,
     noise_error,
+    peek,
     power,
+    surplus,
 )
 from lightning_diffusion.analysis.moments import Moments, moments
 from lightning_diffusion.drawing import evaluating
-from lightning_diffusion.noise_level import NoiseLevel
 from lightning_diffusion.resume import RandomKey
 from lightning_diffusion.sampling import Denoiser
 from lightning_diffusion.schedules import ContinuousCosineSchedule, Schedule
@@ -42,7 +41,7 @@ from lightning_diffusion.schedules import ContinuousCosineSchedule, Schedule
 if TYPE_CHECKING:
     from lightning_diffusion.module import DiffusionModule
 
-_REACH = 10.0  # standard deviations of x_t beyond which a discrete value is out of the question, e^-50
+_Ends = tuple[float, float | None]
 
 
 class LikelihoodBound(NamedTuple):
@@ -54,88 +53,13 @@ class LikelihoodBound(NamedTuple):
     decoder: Estimate
 
 
-class Decoder(ABC):
-    """p(x_0 | x_t) at the last, least noisy level."""
-
-    @abstractmethod
-    def __call__(self, batch: Measured, noise: Tensor, level: NoiseLevel) -> Tensor:
-        """-ln p(x_0 | x_t) for x_t = alpha x_0 + sigma noise at one level (1,), float64 on the CPU, shape (B,)."""
-
-
-@dataclass(frozen=True)
-class GaussianDecoder(Decoder):
-    """N(x_0; x_0_hat, I / SNR): for data with a density.
-
-    Args:
-        bin_width: 1 for the density itself; the width of a bin, 2/255 for 8-bit images in [-1, 1], for density times
-            width, which compares with discrete data (log2(255/2) = 6.994 bits more).
-    """
-
-    bin_width: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.bin_width > 0:
-            raise ValueError(f"Found {self}; expected bin_width > 0, such as 1 or 2/255.")
-
-    def __call__(self, batch: Measured, noise: Tensor, level: NoiseLevel) -> Tensor:
-        width = (_known(batch).scale.double() * self.bin_width).expand(batch.x0.shape[1:])
-        error = noise_error(batch, noise, level.expand(len(noise)))
-        return error / 2 + gaussian_offset(level.log_snr.item(), noise[0].numel()) - width.log().sum().cpu()
-
-
-@dataclass(frozen=True)
-class DiscreteDecoder(Decoder):
-    """softmax over k of -(x_t - alpha x_k)^2 / (2 sigma^2), in every dimension: for data on a grid of values.
-
-    Args:
-        num_values, low, high: x_k, evenly spaced from low to high; by default 8-bit images in [-1, 1].
-
-    Raises:
-        ValueError: for fewer than two values, or data that are not on the grid.
-    """
-
-    num_values: int = 256
-    low: float = -1.0
-    high: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.num_values < 2 or not self.low < self.high:
-            raise ValueError(f"Found {self}; expected at least two values and low < high.")
-
-    def __call__(self, batch: Measured, noise: Tensor, level: NoiseLevel) -> Tensor:
-        own, step = self._place(batch)
-        sigma = (level.sigma / level.alpha).double().to(noise.device) / step  # in steps of the grid
-        at = sigma * noise.double()
-        reach = min(self.num_values - 1, math.ceil((at.abs().max() + _REACH * sigma.max()).item()))
-        total = torch.zeros_like(at)
-        for other in (j for j in range(-reach, reach + 1) if j):
-            logit = (2 * at * other - other**2) / (2 * sigma**2)
-            there = (own + other >= 0) & (own + other < self.num_values)
-            total = torch.logaddexp(total, logit.where(there, -math.inf))
-        return total.flatten(1).sum(1).cpu()
-
-    def _place(self, batch: Measured) -> tuple[Tensor, Tensor]:
-        """The number of each element's value, shape of x_0, and the grid's step in x_0's units."""
-        scale, shift = _known(batch)
-        step = scale.double() * ((self.high - self.low) / (self.num_values - 1))
-        place = (batch.x0.double() - (scale.double() * self.low + shift)) / step
-        own = place.round().clamp(0, self.num_values - 1)
-        off = (place - own).abs().max().item()
-        if off > 0.05:
-            raise ValueError(
-                f"Found data {off:.3g} steps off the {self.num_values} values from {self.low:g} to {self.high:g}; "
-                "expected data on them: give num_values, low and high of the data, or use GaussianDecoder."
-            )
-        return own, step
-
-
 @torch.no_grad()
 def likelihood_bound(
     denoiser: Denoiser,
     data: Tensor | Iterable[Any],
     decoder: Decoder = GaussianDecoder(),
     *,
-    log_snr_range: tuple[float, float] = (-10.0, 14.0),
+    log_snr_range: _Ends = (-10.0, None),
     levels: int = 16,
     schedule: Schedule = ContinuousCosineSchedule(),
     seed: int = 0,
@@ -150,7 +74,8 @@ def likelihood_bound(
             or a representation use `module_likelihood_bound`.
         data: x_0, a tensor (N, ...) or batches of it, on the denoiser's device.
         decoder: p(x_0 | x_t) at the last level; it says whether a density or probabilities are meant.
-        log_snr_range: where the prior takes over and where the decoder does. Any will do: the least bound is the best.
+        log_snr_range: where the prior takes over and where the decoder does, None where the decoder likes to. The bound
+            holds for any range: the least is the best.
         levels: per sample.
         schedule: whose scaling of x_t the denoiser was trained on; see `mmse_curve`.
         seed: of levels and noise.
@@ -158,8 +83,7 @@ def likelihood_bound(
     Raises:
         ValueError: for a range that does not rise or is infinite, fewer than one level or two samples.
     """
-    span = _Span(*log_snr_range, levels)
-    return _bound(measured(denoiser, data), decoder, span, schedule, seed)
+    return _bound(measured(denoiser, data), decoder, log_snr_range, levels, schedule, seed)
 
 
 @torch.no_grad()
@@ -168,7 +92,7 @@ def module_likelihood_bound(
     batches: Iterable[Any],
     decoder: Decoder = DiscreteDecoder(),
     *,
-    log_snr_range: tuple[float, float] = (-10.0, 14.0),
+    log_snr_range: _Ends = (-10.0, None),
     levels: int = 16,
     weights: str = "online",
     seed: int = 0,
@@ -184,20 +108,15 @@ def module_likelihood_bound(
     Raises:
         ValueError: also for a representation that mixes pixels.
     """
-    span, stream = _Span(*log_snr_range, levels), measured_module(module, batches, weights)
+    stream, schedule = measured_module(module, batches, weights), module.objective.schedule
     with evaluating(module.network):
-        return _bound(stream, decoder, span, module.objective.schedule, seed)
+        return _bound(stream, decoder, log_snr_range, levels, schedule, seed)
 
 
 def prior_offset(log_snr: float, dimensions: int) -> float:
     """The part D/2 (sigma^2 - 1 - ln sigma^2) of the prior term that no data enter, in nats."""
     alpha2 = 1 / (1 + math.exp(-log_snr))
     return dimensions / 2 * (math.log1p(math.exp(log_snr)) - alpha2)
-
-
-def gaussian_offset(log_snr: float, dimensions: int) -> float:
-    """D/2 ln(2 pi / SNR), in nats."""
-    return dimensions / 2 * (math.log(2 * math.pi) - log_snr)
 
 
 def bound_of(terms: Moments, dimensions: int) -> LikelihoodBound:
@@ -237,39 +156,37 @@ class _Span:
 
 
 def _bound(
-    stream: Iterable[Measured], decoder: Decoder, span: _Span, schedule: Schedule, seed: int
+    stream: Iterable[Measured], decoder: Decoder, ends: _Ends, levels: int, schedule: Schedule, seed: int
 ) -> LikelihoodBound:
-    dimensions, stream = dimensions_of(stream)
-    found = moments(_terms(batch, i, decoder, span, schedule, seed) for i, batch in enumerate(stream))
+    first, stream = peek(stream)
+    span, d = (
+        _Span(ends[0], decoder.last_log_snr(first) if ends[1] is None else ends[1], levels),
+        first.x0[0].numel(),
+    )
+    terms = (_terms(batch, i, decoder, span, schedule, seed) for i, batch in enumerate(stream))
+    found = moments(terms)
     if not bool(found.mean.isfinite().all()):
         raise ValueError(
-            f"Found prior, diffusion and decoder terms {found.mean.tolist()} in nats; expected finite ones: a denoiser "
-            f"that is finite at log-SNR {span.low:g} to {span.high:g}. `mmse_curve` says where it is not."
+            f"Found prior, diffusion and decoder terms {found.mean[:3].tolist()} in nats; expected finite ones: a "
+            f"denoiser that is finite at log-SNR {span.low:g} to {span.high:g}. `mmse_curve` says where it is not."
         )
-    offset = torch.tensor([prior_offset(span.low, dimensions), 0.0, 0.0], dtype=torch.float64)
-    return bound_of(Moments(found.mean + offset, found.covariance), dimensions)
+    found = found.controlled(2)
+    offset = torch.tensor([prior_offset(span.low, d), 0.0, 0.0], dtype=torch.float64)
+    return bound_of(found._replace(mean=found.mean + offset), d)
 
 
 def _terms(
     batch: Measured, number: int, decoder: Decoder, span: _Span, schedule: Schedule, seed: int
 ) -> Tensor:
-    """The three terms but for the prior's constant, in nats, shape (B, 3)."""
+    """The three terms but for the prior's constant, then a control of each of the last two, in nats, shape (B, 5)."""
     source, key = generator(seed, number), RandomKey(seed, batch=number)
     low, high = torch.tensor([span.low, span.high], dtype=torch.float64)
-    errors = [
-        noise_error(batch, draw_noise(batch.x0, source), schedule.at(log_snr))
-        for log_snr in span.draw(len(batch.x0), key)
-    ]
+    diffusion, control = torch.zeros(2, len(batch.x0), dtype=torch.float64)
+    for log_snr in span.draw(len(batch.x0), key):
+        noise = draw_noise(batch.x0, source)
+        diffusion = diffusion + noise_error(batch, noise, schedule.at(log_snr))
+        control = control + log_snr.sigmoid() ** 2 * surplus(noise)
+    noise = draw_noise(batch.x0, source)
+    decoded = decoder(batch, noise, schedule.at(high[None]))
     prior = low.sigmoid() / 2 * power(batch.x0)
-    decoded = decoder(batch, draw_noise(batch.x0, source), schedule.at(high[None]))
-    return torch.stack([prior, span.step / 2 * torch.stack(errors).sum(0), decoded], 1)
-
-
-def _known(batch: Measured) -> Units:
-    if batch.units is None:
-        raise ValueError(
-            "Found a representation that does more than scale and shift each element of an image; expected one such as "
-            "Identity or Standardize. For bits per latent dimension, encode the data and call likelihood_bound("
-            "module.denoiser(), encoded)."
-        )
-    return batch.units
+    return torch.stack([prior, span.step / 2 * diffusion, decoded, control, surplus(noise)], 1)

@@ -54,8 +54,8 @@ def measured_module(module: DiffusionModule, batches: Iterable[Any], weights: st
         yield Measured(module.denoiser(condition, weights=weights), x0, units)
 
 
-def dimensions_of(stream: Iterable[Measured]) -> tuple[int, Iterator[Measured]]:
-    """D, and the stream from its beginning.
+def peek(stream: Iterable[Measured]) -> tuple[Measured, Iterator[Measured]]:
+    """The first batch, and the stream from its beginning.
 
     Raises:
         ValueError: if there is nothing in it.
@@ -64,7 +64,7 @@ def dimensions_of(stream: Iterable[Measured]) -> tuple[int, Iterator[Measured]]:
     first = next(iterator, None)
     if first is None:
         raise ValueError("Found no data; expected at least two samples.")
-    return first.x0[0].numel(), chain([first], iterator)
+    return first, chain([first], iterator)
 
 
 def draw_noise(x0: Tensor, generator: torch.Generator) -> Tensor:
@@ -83,6 +83,11 @@ def noise_error(batch: Measured, noise: Tensor, level: NoiseLevel) -> Tensor:
 def power(x: Tensor) -> Tensor:
     """|x|^2, float64 on the CPU, shape (B,)."""
     return x.double().flatten(1).square().sum(1).cpu()
+
+
+def surplus(noise: Tensor) -> Tensor:
+    """|eps|^2 - D, whose mean is 0: most of the chance in |eps - eps_hat|^2 where SNR is high, shape (B,)."""
+    return power(noise) - noise[0].numel()
 
 
 def generator(seed: int, number: int) -> torch.Generator:

@@ -18,17 +18,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
+from lightning_diffusion.analysis.decoders import gaussian_offset
 from lightning_diffusion.analysis.information import Estimate, GaussianMixture
-from lightning_diffusion.analysis.likelihood import LikelihoodBound, bound_of, gaussian_offset, prior_offset
+from lightning_diffusion.analysis.likelihood import LikelihoodBound, bound_of, prior_offset
 from lightning_diffusion.analysis.measuring import (
     Measured,
-    dimensions_of,
     draw_noise,
     generator,
     measured,
     measured_module,
     noise_error,
+    peek,
     power,
+    surplus,
 )
 from lightning_diffusion.analysis.moments import Moments, moments
 from lightning_diffusion.drawing import evaluating
@@ -153,29 +155,30 @@ def exact_mmse_curve(mixture: GaussianMixture, log_snr: Tensor, draws: int = 2**
     second = mixture.weights @ (mixture.means.square().sum(1) + mixture.dimensions * mixture.stds**2)
     mean, error = (log_snr.exp() * part for part in least)
     error = torch.cat([torch.zeros(1), error])
-    return MMSECurve(
-        log_snr, Moments(torch.cat([second[None], mean]), error.outer(error)), mixture.dimensions
-    )
+    exact = Moments(torch.cat([second[None], mean]), error.outer(error), draws)
+    return MMSECurve(log_snr, exact, mixture.dimensions)
 
 
 def _curve(stream: Iterable[Measured], log_snr: Tensor, schedule: Schedule, seed: int) -> MMSECurve:
     log_snr = _checked(log_snr)
-    dimensions, stream = dimensions_of(stream)
-    found = moments(_errors(batch, log_snr, schedule, generator(seed, i)) for i, batch in enumerate(stream))
-    broken = log_snr[~found.mean[1:].isfinite()]
+    first, stream = peek(stream)
+    rows = (_errors(batch, log_snr, schedule, generator(seed, i)) for i, batch in enumerate(stream))
+    found = moments(rows)
+    broken = log_snr[~found.mean[1:-1].isfinite()]
     if len(broken):
         raise ValueError(
             f"Found errors that are NaN or infinite at log-SNR {broken.tolist()}; expected a denoiser that is finite "
             "there: leave these levels out, or look for what breaks in it."
         )
-    return MMSECurve(log_snr, found, dimensions)
+    return MMSECurve(log_snr, found.controlled(1), first.x0[0].numel())
 
 
 def _errors(batch: Measured, log_snr: Tensor, schedule: Schedule, source: torch.Generator) -> Tensor:
-    """|x_0|^2, then |eps - eps_hat|^2 at each level, shape (B, 1 + L)."""
+    """|x_0|^2, then |eps - eps_hat|^2 at each level, then |eps|^2 - D as a control, shape (B, L + 2)."""
     noise = draw_noise(batch.x0, source)
     levels = (schedule.at(at.expand(len(noise))) for at in log_snr)
-    return torch.stack([power(batch.x0), *(noise_error(batch, noise, level) for level in levels)], 1)
+    errors = [noise_error(batch, noise, level) for level in levels]
+    return torch.stack([power(batch.x0), *errors, surplus(noise)], 1)
 
 
 def _checked(log_snr: Tensor) -> Tensor:
