@@ -157,6 +157,7 @@ def with_file(folder, **arguments):
     return latent_module(code, **arguments)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_alone_draws_the_same_in_a_fresh_process(tmp_path):
     """Measured beforehand; measured by the fit; from a file that is gone; from a file, and not saved."""
     (tmp_path / "gone").mkdir()
