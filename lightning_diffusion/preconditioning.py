@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_diffusion.noise_level import NoiseLevel, per_sample
-from lightning_diffusion.schedules import DiscreteSchedule, LinearSchedule, Schedule
+from lightning_diffusion.schedules import DiscreteSchedule, Schedule
 from lightning_diffusion.targets import X0, Epsilon, Space, Target
 
 
@@ -167,7 +167,7 @@ class DDPMPreconditioning(Preconditioning):
 
     target: Target = field(default_factory=Epsilon)
     sigma_data: float = 1.0
-    c_noise: NoiseCoordinate = field(default_factory=lambda: Timestep(LinearSchedule()))
+    c_noise: NoiseCoordinate = field(default_factory=LogSigma)
     output_space = Space.TARGET
 
     def __post_init__(self) -> None:

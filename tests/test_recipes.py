@@ -36,6 +36,11 @@ OBJECTIVES = {
 }
 
 
+def test_all_fourteen_recipes_are_there():
+    others = {"edm2", "edm_stable_target", "latent_diffusion", "score_matching", "vdm_plus_plus"}
+    assert {recipe.stem for recipe in RECIPES} == set(OBJECTIVES) | others
+
+
 def train(recipe):
     arguments = ["--config", str(CONFIGS / "digits.yaml"), "--config", str(recipe)]
     assert main(["fit", *arguments, *SMALL, "--name", recipe.stem]) == 0
