@@ -7,7 +7,10 @@ if __name__ != "lightning_diffusion.callbacks":
     )
 
 from lightning_diffusion.callbacks.ema import EMA
+from lightning_diffusion.callbacks.gradient_clipping import AdaptiveGradientClipping, GradientClipping
+from lightning_diffusion.callbacks.gradient_sanitizer import GradientSanitizer
 from lightning_diffusion.callbacks.last_checkpoint import LastCheckpoint
+from lightning_diffusion.callbacks.loss_scale_monitor import LossScaleMonitor
 from lightning_diffusion.callbacks.power_function_ema import PostHocEMA, PowerFunctionEMA
 from lightning_diffusion.callbacks.progress import TrainingProgress
 from lightning_diffusion.callbacks.run_summary import RunSummary
@@ -15,8 +18,12 @@ from lightning_diffusion.callbacks.sample_grid import SampleGrid
 from lightning_diffusion.callbacks.save_on_signal import SaveOnSignal
 
 __all__ = [
+    "AdaptiveGradientClipping",
     "EMA",
+    "GradientClipping",
+    "GradientSanitizer",
     "LastCheckpoint",
+    "LossScaleMonitor",
     "PostHocEMA",
     "PowerFunctionEMA",
     "RunSummary",

@@ -77,6 +77,16 @@ _PUBLIC = {
     "resume": ["RandomKey", "ResumableSampler"],
     "io": ["AtomicCheckpointIO"],
     "averaging": ["load_averaged"],
+    "gradients": [
+        "Adaptive",
+        "ClippingRule",
+        "GlobalNorm",
+        "Normalise",
+        "ParameterGroupNorm",
+        "ParameterNorm",
+        "UnitNorm",
+        "Value",
+    ],
     "recorder": ["Snapshots"],
     "profiles": ["FixedDecay", "HalfLife", "InverseGamma", "PowerFunction", "Profile", "RatioWarmup"],
 }

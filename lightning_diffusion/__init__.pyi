@@ -10,6 +10,14 @@ from lightning_diffusion.densities import LogNormalSigma as LogNormalSigma
 from lightning_diffusion.densities import LogUniformSigma as LogUniformSigma
 from lightning_diffusion.densities import Truncated as Truncated
 from lightning_diffusion.densities import UniformSigma as UniformSigma
+from lightning_diffusion.gradients import Adaptive as Adaptive
+from lightning_diffusion.gradients import ClippingRule as ClippingRule
+from lightning_diffusion.gradients import GlobalNorm as GlobalNorm
+from lightning_diffusion.gradients import Normalise as Normalise
+from lightning_diffusion.gradients import ParameterGroupNorm as ParameterGroupNorm
+from lightning_diffusion.gradients import ParameterNorm as ParameterNorm
+from lightning_diffusion.gradients import UnitNorm as UnitNorm
+from lightning_diffusion.gradients import Value as Value
 from lightning_diffusion.guidance import ClassifierFree as ClassifierFree
 from lightning_diffusion.guidance import Guidance as Guidance
 from lightning_diffusion.io import AtomicCheckpointIO as AtomicCheckpointIO

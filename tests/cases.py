@@ -85,6 +85,17 @@ LEARNING_RATES = [
     ld.WarmupCosine(),
     ld.WarmupInverseSquareRoot(warmup_images=0, reference_steps=100),
 ]
+CLIPPING_RULES = [
+    ld.GlobalNorm(0.3),
+    ld.ParameterGroupNorm(0.3),
+    ld.ParameterNorm(0.3),
+    ld.UnitNorm(0.3),
+    ld.Value(0.3),
+    ld.Adaptive(0.3),
+    ld.Adaptive(0.3, by_unit=False),
+    ld.Normalise(0.3),
+]
+REPRESENTATIONS = [ld.Identity(), ld.Standardize(), ld.LatentRepresentation(ld.PatchPCA())]
 PRESETS = [ld.EDM, ld.DDPM, ld.VPrediction, ld.RectifiedFlow, ld.EDM2]
 
 FAMILIES = {
@@ -95,6 +106,8 @@ FAMILIES = {
     ld.Preconditioning: PRECONDITIONINGS,
     ld.Sampler: SAMPLERS,
     ld.LearningRate: LEARNING_RATES,
+    ld.Representation: REPRESENTATIONS,
+    ld.ClippingRule: CLIPPING_RULES,
 }
 
 

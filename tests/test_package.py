@@ -122,6 +122,11 @@ PURE = [
     "posthoc",
     "metrics",
     "learning_rates",
+    "norms",
+    "scaling",
+    "gradients",
+    "step_gradients",
+    "delicate_layers",
 ]
 
 

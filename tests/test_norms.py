@@ -1,0 +1,62 @@
+"""Gradients know their norms: computed once, of what is there now."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from made_gradients import SHAPES, grads, parameters
+from torch import nn
+from torch.testing import assert_close
+
+import lightning_diffusion as ld
+from lightning_diffusion import norms
+from lightning_diffusion.gradients import Gradients, clip_adaptively_
+from lightning_diffusion.norms import tensor_norms, total_norm, unit_norms
+
+
+def test_norms_are_computed_once_and_anew_after_clipping(monkeypatch):
+    computed = []
+    monkeypatch.setattr(norms, "tensor_norms", lambda x: computed.append(len(x)) or tensor_norms(x))
+    made = parameters()
+    gradients = Gradients([made[:3], made[3:]])
+    part = gradients.without({id(made[0])})
+    before = float(gradients.norm), float(part.norm), [float(group.norm) for group in gradients.by_group()]
+    assert computed[0] == len(made)
+    assert sum(computed) == len(made)
+    assert before[0] == pytest.approx(math.hypot(*before[2]))
+    ld.GlobalNorm(0.1)(part)
+    assert float(part.norm) == pytest.approx(0.1, rel=1e-4)
+    assert float(gradients.norm) == pytest.approx(math.hypot(0.1, float(made[0].grad.norm())), rel=1e-4)
+
+
+def test_parameters_without_gradients_are_left_out():
+    made = parameters()
+    made[1].grad = None
+    assert len(Gradients([made])) == len(SHAPES) - 1
+    assert float(ld.GlobalNorm()(Gradients([[made[1]]]))) == 0
+    assert float(clip_adaptively_(iter(made))) > 0
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(5, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match=r"layout torch.sparse_coo; only dense ones.*Write sparse=False"):
+        Gradients([embedding.parameters()])
+
+
+def test_every_norm_is_that_of_its_elements():
+    made = parameters()
+    for p, whole, units in zip(made, tensor_norms(grads(made)), unit_norms(grads(made)), strict=True):
+        assert_close(whole, p.grad.square().sum().sqrt())
+        rows = p.grad.flatten(1).square().sum(1).sqrt() if p.ndim > 1 else whole
+        assert_close(units.reshape(rows.shape), rows)
+        assert_close(total_norm(list(units.flatten())), whole)
+        assert units.shape == ((len(p), *[1] * (p.ndim - 1)) if p.ndim > 1 else ())
+
+
+def test_norms_of_several_types_of_numbers():
+    mixed = parameters(dtype=torch.float32)[:2] + parameters(dtype=torch.bfloat16)[2:]
+    exact = sum(float(g.double().square().sum()) for g in grads(mixed)) ** 0.5
+    assert float(Gradients([mixed]).norm) == pytest.approx(exact, rel=1e-6)
