@@ -89,6 +89,10 @@ _PUBLIC = {
     ],
     "recorder": ["Snapshots"],
     "profiles": ["FixedDecay", "HalfLife", "InverseGamma", "PowerFunction", "Profile", "RatioWarmup"],
+    "analysis.information": ["GaussianMixture", "information_curves"],
+    "analysis.decoders": ["DiscreteDecoder", "GaussianDecoder"],
+    "analysis.likelihood": ["LikelihoodBound", "likelihood_bound", "module_likelihood_bound"],
+    "analysis.mmse": ["MMSECurve", "exact_mmse_curve", "mmse_curve", "module_mmse_curve"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -1,5 +1,16 @@
 # written by `python tests/test_package.py`
 from lightning_diffusion.adaptive_density import AdaptiveDensity as AdaptiveDensity
+from lightning_diffusion.analysis.decoders import DiscreteDecoder as DiscreteDecoder
+from lightning_diffusion.analysis.decoders import GaussianDecoder as GaussianDecoder
+from lightning_diffusion.analysis.information import GaussianMixture as GaussianMixture
+from lightning_diffusion.analysis.information import information_curves as information_curves
+from lightning_diffusion.analysis.likelihood import LikelihoodBound as LikelihoodBound
+from lightning_diffusion.analysis.likelihood import likelihood_bound as likelihood_bound
+from lightning_diffusion.analysis.likelihood import module_likelihood_bound as module_likelihood_bound
+from lightning_diffusion.analysis.mmse import MMSECurve as MMSECurve
+from lightning_diffusion.analysis.mmse import exact_mmse_curve as exact_mmse_curve
+from lightning_diffusion.analysis.mmse import mmse_curve as mmse_curve
+from lightning_diffusion.analysis.mmse import module_mmse_curve as module_mmse_curve
 from lightning_diffusion.autoencoders import Autoencoder as Autoencoder
 from lightning_diffusion.autoencoders import DiffusersAutoencoder as DiffusersAutoencoder
 from lightning_diffusion.autoencoders import PretrainedAutoencoder as PretrainedAutoencoder
