@@ -18,8 +18,8 @@ from lightning_diffusion.callbacks.sample_grid import SampleGrid
 from lightning_diffusion.callbacks.save_on_signal import SaveOnSignal
 
 __all__ = [
-    "AdaptiveGradientClipping",
     "EMA",
+    "AdaptiveGradientClipping",
     "GradientClipping",
     "GradientSanitizer",
     "LastCheckpoint",
