@@ -182,6 +182,8 @@ class DiffusionObjective(Recorded, nn.Module):
         """The same objective with its weight moved into the density; what remains is constant on the residual.
 
         The gradient's expectation stays, to within the interpolation between 1025 knots (1e-4), or exactly on a table.
+        Its variance falls only where the network is fully preconditioned: a network that predicts epsilon itself then
+        draws few samples of high noise with a large weight each (80 times the variance of DDPM in 64 dimensions).
 
         Raises:
             ValueError: for a weighting that is learned, as the density would not follow it.
