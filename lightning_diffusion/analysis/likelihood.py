@@ -108,7 +108,7 @@ def module_likelihood_bound(
     Raises:
         ValueError: also for a representation that mixes pixels.
     """
-    stream, schedule = measured_module(module, batches, weights), module.objective.schedule
+    stream, schedule = measured_module(module, batches, weights, seed), module.objective.schedule
     with evaluating(module.network):
         return _bound(stream, decoder, log_snr_range, levels, schedule, seed)
 

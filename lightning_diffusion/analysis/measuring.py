@@ -43,13 +43,15 @@ def measured(denoiser: Denoiser, data: Tensor | Iterable[Any]) -> Iterator[Measu
         yield Measured(denoiser, at_least_float32(unpack(part)[0]), units)
 
 
-def measured_module(module: DiffusionModule, batches: Iterable[Any], weights: str) -> Iterator[Measured]:
+def measured_module(
+    module: DiffusionModule, batches: Iterable[Any], weights: str, seed: int
+) -> Iterator[Measured]:
     """From what a loader yields: encoded as in training, each batch under its own labels."""
     device = next(module.parameters()).device
-    for batch in batches:
+    for number, batch in enumerate(batches):
         images, condition = module._prepare("analysis", batch)
         images, condition = images.to(device), {name: part.to(device) for name, part in condition.items()}
-        x0 = at_least_float32(module.representation.encode(images))
+        x0 = at_least_float32(module.representation.draw(images, RandomKey(seed, batch=number)))
         units = _units(module, images, x0)
         yield Measured(module.denoiser(condition, weights=weights), x0, units)
 

@@ -141,7 +141,9 @@ def module_mmse_curve(
         seed: of the noise.
     """
     with evaluating(module.network):
-        return _curve(measured_module(module, batches, weights), log_snr, module.objective.schedule, seed)
+        return _curve(
+            measured_module(module, batches, weights, seed), log_snr, module.objective.schedule, seed
+        )
 
 
 def exact_mmse_curve(mixture: GaussianMixture, log_snr: Tensor, draws: int = 2**13) -> MMSECurve:
