@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from lightning_diffusion.commands.errors import UnknownOptionError, suggestion
+from lightning_diffusion.commands.errors import suggestion
+from lightning_diffusion.commands.parser import Parser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,7 @@ examples:
 
 def run(command: str, arguments: list[str]) -> int:
     """Draw images and write them."""
-    given = _parse(arguments)
+    given = _parser().parse(arguments)
     _refuse_impossible(given)
     from lightning_diffusion.commands.quiet import quiet
     from lightning_diffusion.commands.writing import format_of, refuse_existing, write_images
@@ -37,28 +38,8 @@ def run(command: str, arguments: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise argparse.ArgumentError(None, message)
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _parser()
-    for option in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
-        if option not in parser._option_string_actions:
-            raise UnknownOptionError(option, parser._option_string_actions)
-    return parser.parse_args(arguments)
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        "lightning-diffusion sample",
-        description="Draw images from a checkpoint.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+def _parser() -> Parser:
+    parser = Parser("sample", "Draw images from a checkpoint.", _EXAMPLES)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="run folder or checkpoint")
     add("--num", type=int, default=64, metavar="N", help="how many images (64)")
