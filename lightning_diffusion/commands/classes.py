@@ -22,7 +22,7 @@ def _forget(parser_or_action: Any, before: Any, after: Any) -> None:
     if before and "init_args" in before and not _same(before["class_path"], after["class_path"]):
         for name in list(vars(before["init_args"])):
             before["init_args"].pop(name)
-        after["init_args"] = after.get("init_args") or Namespace()
+        after["init_args"] = after.get("init_args") or Namespace()  # type: ignore[no-untyped-call]
 
 
 def _same(path: str, other: str) -> bool:
