@@ -7,8 +7,9 @@ pixels    uint8 (N, H, W, C), rounded to the nearest of 256 levels, what lies ou
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,30 @@ from PIL import Image
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Told apart with every common kind of colour vision (Okabe & Ito 2008); without their yellow, pale on white."""
+
+QUIET = "#C8C8C8"
+"""Of lines that are there for comparison."""
+
+_STYLE: dict[Any, Any] = {
+    "figure.dpi": 150,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#E8E8E8",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
 _SEPARATOR = 1  # pixels
 _GREY = 96  # of separators and of empty places, seen on black and on white
 _READABLE = 48  # pixels: smaller images are enlarged by a whole factor to at least this
@@ -61,15 +84,60 @@ def _picture(canvas: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(canvas[..., 0] if canvas.shape[-1] == 1 else canvas)
 
 
+@contextmanager
+def style() -> Iterator[None]:
+    """The look of every chart, for what is drawn inside: light, 150 dots per inch, the colours of `PALETTE`."""
+    from matplotlib import rc_context
+    from matplotlib.rcsetup import cycler
+
+    with rc_context({**_STYLE, "axes.prop_cycle": cycler(color=PALETTE)}):
+        yield
+
+
+def label_right(axes: Axes, lines: Sequence[Line2D], gap: float = 0.07) -> None:
+    """Write each line's label beside its right end, in its colour; labels are `gap` of the height apart at least.
+
+    The limits of the axes must be final.
+    """
+    ends = sorted(lines, key=lambda line: _end(axes, line))
+    heights = _apart([_end(axes, line) for line in ends], gap)
+    for line, height in zip(ends, heights, strict=True):
+        axes.annotate(
+            str(line.get_label()), (1, height), (6, 0), xycoords="axes fraction", textcoords="offset points",
+            color=line.get_color(), va="center", annotation_clip=False,
+        )  # fmt: skip
+
+
+def _end(axes: Axes, line: Line2D) -> float:
+    """Where a line leaves the axes, as a share of their height."""
+    x, y = (np.asarray(part, dtype=float) for part in line.get_data())
+    inside = np.isfinite(y) & (x <= axes.get_xlim()[1] + 1e-9)
+    point = axes.transData.transform((x[inside][-1], y[inside][-1]))
+    return float(np.clip(axes.transAxes.inverted().transform(point)[1], 0, 1))
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising heights moved as little as need be to be `gap` apart, within [0, 1] if they fit."""
+    moved = list(heights)
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + gap)
+    limit = 1.0
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], limit)
+        limit = moved[i] - gap
+    return moved
+
+
 def width_curve(widths: Sequence[float], values: Sequence[float], online: float, metric: str) -> Figure:
     """A metric over the width of the average, the best marked, beside the online weights'."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    with style():
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.subplots()
     best = min(range(len(widths)), key=values.__getitem__)
-    axes.plot(widths, values, "o-", color="C0", label="average")
-    axes.plot(widths[best], values[best], "o", color="C3", label=f"best: {widths[best]:.3g}")
+    axes.plot(widths, values, "o-", color=PALETTE[0], label="average")
+    axes.plot(widths[best], values[best], "o", color=PALETTE[1], label=f"best: {widths[best]:.3g}")
     axes.axhline(online, color="0.5", linestyle="--", label="online weights")
     axes.set(xscale="log", xlabel="width of the average over the length of the training", ylabel=metric)
     ticks = [
