@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_diffusion.norms import Gradients as Gradients
-from lightning_diffusion.norms import largest_magnitudes, tensor_norms, unit_norms
+from lightning_diffusion.norms import largest_magnitudes, tensor_norms, unit_norms, vectors_first
 from lightning_diffusion.scaling import scale_, scale_each_, scale_units_, where_over_
 
 SMALLEST_NORM = 1e-6  # below it a gradient is taken as this long, Brock et al. 2021 and torch.nn.utils
@@ -108,9 +108,9 @@ class UnitNorm(ClippingRule):
         _check_above_zero(self, max_norm=self.max_norm)
 
     def clip_(self, gradients: Gradients) -> Tensor:
-        norms = unit_norms(gradients.whole)
-        factors = _limit(self.max_norm, _pack(norms))
-        scale_units_(gradients.tensors, norms, factors)
+        (norms,) = unit_norms(gradients.whole)
+        factors = _limit(self.max_norm, norms)
+        scale_units_(vectors_first(gradients.tensors), factors)
         return _share(factors)
 
 
@@ -153,14 +153,19 @@ class Adaptive(ClippingRule):
         _check_above_zero(self, clip_factor=self.clip_factor, eps=self.eps)
 
     def clip_(self, gradients: Gradients) -> Tensor:
-        norms = unit_norms if self.by_unit else tensor_norms
-        both = norms([*gradients.parameters, *gradients.whole])
-        weights, of_gradients = both[: len(gradients)], both[len(gradients) :]
-        g = _pack(of_gradients)
-        limit = _pack(weights).clamp(min=self.eps).mul_(self.clip_factor)
+        w, g = self._norms(gradients)
+        limit = w.clamp(min=self.eps).mul_(self.clip_factor)
         factors = torch.where(g < limit, 1.0, limit / g.clamp(min=SMALLEST_NORM))
-        scale_units_(gradients.tensors, of_gradients, factors)
+        if self.by_unit:
+            scale_units_(vectors_first(gradients.tensors), factors)
+        else:
+            scale_each_(gradients.tensors, factors)
         return _share(factors)
+
+    def _norms(self, gradients: Gradients) -> Sequence[Tensor]:
+        if self.by_unit:
+            return unit_norms(gradients.parameters, gradients.whole)
+        return torch.stack(tensor_norms([*gradients.parameters, *gradients.whole])).chunk(2)
 
 
 @dataclass(frozen=True)
@@ -218,10 +223,6 @@ def _limit(bound: float, norms: Tensor) -> Tensor:
 
 def _share(factors: Tensor) -> Tensor:
     return (factors < 1).float().mean()
-
-
-def _pack(norms: Sequence[Tensor]) -> Tensor:
-    return torch.cat([norm.reshape(-1) for norm in norms])
 
 
 def _check_above_zero(rule: ClippingRule, **values: float) -> None:

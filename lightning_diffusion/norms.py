@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from lightning_diffusion.averaging import local
 
+AXES = [tuple(range(1, ndim)) for ndim in range(16)]  # of one unit
 Reduction = tuple[DeviceMesh, tuple[Placement, ...]]
 
 
@@ -27,16 +28,21 @@ Reduction = tuple[DeviceMesh, tuple[Placement, ...]]
 def tensor_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Norm () of every tensor."""
     norms = _local_norms([local(x) for x in tensors])
-    return _over_shards(norms, [_reduction(x, by_unit=False) for x in tensors])
+    return _over_shards(norms, tensors, by_unit=False)
 
 
 @torch.no_grad()
-def unit_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Norm of every unit: shape (U, 1, ..., 1), broadcast against the tensor or its local shard; () of a vector."""
-    locals_ = [local(x) for x in tensors]
-    vectors = iter(_local_norms([x for x in locals_ if x.ndim < 2]))
-    norms = [next(vectors) if x.ndim < 2 else _row_norms(x) for x in locals_]
-    return _over_shards(norms, [_reduction(x, by_unit=True) for x in tensors])
+def unit_norms(*lists: Sequence[Tensor]) -> list[Tensor]:
+    """Norm of every unit in each list, shape (units of its local shards,), in the order of `vectors_first`."""
+    ordered = [vectors_first(tensors) for tensors in lists]
+    if any(isinstance(x, DTensor) for tensors in ordered for x in tensors):
+        return _unit_norms_of_shards(ordered)
+    return [torch.cat(_unit_norms(tensors)) for tensors in ordered]
+
+
+def vectors_first(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Vectors and scalars, then matrices and what has more axes, each in their order."""
+    return [x for x in tensors if x.ndim < 2] + [x for x in tensors if x.ndim > 1]
 
 
 def total_norm(norms: Sequence[Tensor]) -> Tensor:
@@ -85,8 +91,9 @@ class Gradients:
     def norms(self) -> list[Tensor]:
         """Norm () of each parameter's gradient, over all shards."""
         unknown = [p for p in self.parameters if id(p) not in self._norms]
-        fresh = tensor_norms([p.grad for p in unknown if p.grad is not None])
-        self._norms.update((id(p), norm) for p, norm in zip(unknown, fresh, strict=True))
+        if unknown:
+            fresh = tensor_norms([p.grad for p in unknown if p.grad is not None])
+            self._norms.update((id(p), norm) for p, norm in zip(unknown, fresh, strict=True))
         return [self._norms[id(p)] for p in self.parameters]
 
     @property
@@ -128,19 +135,16 @@ class Gradients:
 
 
 def _has_gradient(p: Tensor) -> bool:
-    if p.grad is None:
+    g = p.grad
+    if g is None:
         return False
-    if p.grad.layout != torch.strided:
+    if g.layout != torch.strided:
         raise ValueError(
-            f"Found a gradient of shape {tuple(p.grad.shape)} and layout {p.grad.layout}; only dense ones can "
+            f"Found a gradient of shape {tuple(g.shape)} and layout {g.layout}; only dense ones can "
             "be clipped. Write sparse=False in the embedding, or give its optimizer no clipping."
         )
-    if (
-        isinstance(p.grad, DTensor)
-        and isinstance(p, DTensor)
-        and any(placement.is_partial() for placement in p.grad.placements)
-    ):
-        p.grad = p.grad.redistribute(placements=p.placements)
+    if isinstance(g, DTensor) and isinstance(p, DTensor) and any(q.is_partial() for q in g.placements):
+        p.grad = g.redistribute(placements=p.placements)
     return True
 
 
@@ -156,9 +160,22 @@ def _norm_type(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(x.dtype in wide for x in tensors) else torch.float32
 
 
+def _unit_norms(ordered: Sequence[Tensor]) -> list[Tensor]:
+    vectors = _local_norms([x for x in ordered if x.ndim < 2])
+    together = [torch.stack(vectors)] if vectors else []
+    return together + [_row_norms(x) for x in ordered if x.ndim > 1]
+
+
+def _unit_norms_of_shards(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    tensors = [x for ordered in lists for x in ordered]
+    parts = [part for x in tensors for part in _unit_norms([local(x)])]
+    norms = iter(_over_shards(parts, tensors, by_unit=True))
+    return [torch.cat([next(norms) for _ in ordered]) for ordered in lists]
+
+
 def _row_norms(x: Tensor) -> Tensor:
     wider = torch.float32 if x.element_size() < 4 else None
-    norms: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True, dtype=wider)
+    norms: Tensor = torch.linalg.vector_norm(x, 2, AXES[x.ndim], dtype=wider)
     return norms
 
 
@@ -172,9 +189,10 @@ def _reduction(x: Tensor, by_unit: bool) -> Reduction | None:
     return (x.device_mesh, placements) if any(divided) else None
 
 
-def _over_shards(norms: list[Tensor], reductions: Sequence[Reduction | None]) -> list[Tensor]:
+def _over_shards(norms: list[Tensor], tensors: Sequence[Tensor], by_unit: bool) -> list[Tensor]:
     together = defaultdict(list)
-    for index, reduction in enumerate(reductions):
+    for index, x in enumerate(tensors):
+        reduction = _reduction(x, by_unit)
         if reduction is not None:
             together[reduction].append(index)
     for (mesh, placements), indices in together.items():

@@ -7,11 +7,13 @@ accelerator reading would wait for it, so everything is multiplied, by 1 where t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-FEW = 3  # units are picked out if there are less than one in so many, else the whole tensor is multiplied
+FEW = 3  # picking units out costs so many times what multiplying them in their place does,
+PICKING = 100_000  # and for each tensor as much as multiplying so many elements (measured on a CPU)
 
 
 def readable(x: Tensor) -> bool:
@@ -44,33 +46,37 @@ def where_over_(tensors: Sequence[Tensor], over: Tensor, change: Callable[[Tenso
     return [change(x) for x in tensors]
 
 
-def scale_units_(tensors: Sequence[Tensor], units: Sequence[Tensor], factors: Tensor) -> None:
-    """Each unit by its own.
+def scale_units_(tensors: Sequence[Tensor], factors: Tensor) -> None:
+    """Each unit by its own: all of a vector or scalar, or what has one index along the first axis.
 
     Args:
-        tensors: with units along the first axis, or of one unit.
-        units: one tensor for each, of the shape in which its factors broadcast.
-        factors: of all units one after another, shape (sum of units.numel(),).
+        tensors: in the order in which their units have their factors.
+        factors: of all units one after another.
     """
-    sizes = [unit.numel() for unit in units]
-    parts = [part.view(unit.shape) for part, unit in zip(factors.split_with_sizes(sizes), units, strict=True)]
-    if not readable(factors):
-        torch._foreach_mul_(list(tensors), parts)
-        return
-    rows = (factors == 1).logical_not().nonzero().flatten()
-    if len(rows):
-        _scale_rows_(tensors, parts, sizes, rows)
+    sizes = [len(x) if x.ndim > 1 else 1 for x in tensors]
+    units = factors.ne(1).nonzero().flatten() if readable(factors) else None
+    if units is None or len(units) * FEW > len(factors):
+        parts = zip(factors.split_with_sizes(sizes), tensors, strict=True)
+        torch._foreach_mul_(list(tensors), [_against(part, x) for part, x in parts])
+    elif len(units):
+        _scale_chosen_(tensors, factors, sizes, units)
 
 
-def _scale_rows_(
-    tensors: Sequence[Tensor], parts: Sequence[Tensor], sizes: Sequence[int], rows: Tensor
-) -> None:
-    ends = torch.tensor(sizes).cumsum(0)
-    counts = torch.bucketize(rows, ends, right=True).bincount(minlength=len(sizes)).tolist()
-    chosen = rows.split_with_sizes(counts)
-    for tensor, part, size, end, own in zip(tensors, parts, sizes, ends.tolist(), chosen, strict=True):
-        if len(own) * FEW > size or (len(own) and tensor.ndim < 2):
-            tensor.mul_(part)
-        elif len(own):
-            here = own - (end - size)
-            tensor.index_copy_(0, here, tensor.index_select(0, here).mul_(part.index_select(0, here)))
+def _scale_chosen_(tensors: Sequence[Tensor], factors: Tensor, sizes: Sequence[int], units: Tensor) -> None:
+    ends = list(accumulate(sizes))
+    tensor_of = torch.bucketize(units, torch.tensor(ends), right=True)
+    counts = tensor_of.bincount(minlength=len(sizes)).tolist()
+    last = list(accumulate(counts))
+    for i in (i for i, count in enumerate(counts) if count):
+        x, begin = tensors[i], ends[i] - sizes[i]
+        if x.numel() * (1 - FEW * counts[i] / sizes[i]) < PICKING:
+            x.mul_(_against(factors[begin : ends[i]], x))
+        else:
+            own = units[last[i] - counts[i] : last[i]]
+            rows = own - begin
+            x.index_copy_(0, rows, x.index_select(0, rows).mul_(_against(factors.index_select(0, own), x)))
+
+
+def _against(factors: Tensor, x: Tensor) -> Tensor:
+    """Factors (units,) in a shape that broadcasts against a tensor."""
+    return factors.view(-1, *[1] * (x.ndim - 1)) if x.ndim else factors.view(())

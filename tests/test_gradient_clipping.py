@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
-from clipped import BOUND, Watch
+from clipped import BOUND, Adam, Watch, float16
 from foreign import Classifier, checkpointing, fit, online, points, same
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from sync_counter import SyncCounter
 from torch import nn
 from torch.testing import assert_close
 
 import lightning_diffusion as ld
-from lightning_diffusion import scaling
-from lightning_diffusion.callbacks import AdaptiveGradientClipping, GradientClipping
+from lightning_diffusion import norms, scaling
+from lightning_diffusion.callbacks import (
+    AdaptiveGradientClipping,
+    GradientClipping,
+    GradientSanitizer,
+    LossScaleMonitor,
+)
+from lightning_diffusion.cli import main
 from lightning_diffusion.gradients import Gradients
+from lightning_diffusion.norms import tensor_norms
 
 
 def test_it_equals_the_clipping_of_lightning():
@@ -169,3 +178,41 @@ def test_it_needs_only_gradients():
     fit(Frozen(), GradientClipping(), AdaptiveGradientClipping(), max_steps=2)
     assert len(Gradients([Frozen().parameters()])) == 0
     assert len(points()) == 6
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_hide_gradients_are_refused(strategy):
+    trainer = SimpleNamespace(strategy=strategy.__new__(strategy))
+    with pytest.raises(ValueError, match=rf"under {strategy.__name__}.*Shard with ModelParallelStrategy"):
+        GradientClipping().setup(trainer, Classifier(), "fit")
+
+
+def test_all_callbacks_share_one_norm(monkeypatch):
+    asked = []
+    monkeypatch.setattr(norms, "tensor_norms", lambda x: asked.append(len(x)) or tensor_norms(x))
+    every = [LossScaleMonitor(), GradientSanitizer(), GradientClipping(log_layers=True)]
+    fit(Adam(fused=True), *every, plugins=[float16()], log_every_n_steps=1)
+    assert asked == [7] * 8
+
+
+YAML = """\
+trainer:
+  callbacks:
+  - {class_path: GradientClipping, init_args: {rule: {class_path: UnitNorm, init_args: {max_norm: 0.5}}}}
+  - {class_path: AdaptiveGradientClipping, init_args: {clip_factor: 0.02, exclude: ["*.bias"]}}
+  - LossScaleMonitor
+  - GradientSanitizer
+"""
+
+
+def test_they_are_configured_in_yaml(folder):
+    (folder / "clipping.yaml").write_text(YAML)
+    assert main(["fit", "--config", "tiny.yaml", "--config", "clipping.yaml"]) == 0
+    (metrics,) = (folder / "runs").glob("*/metrics.csv")
+    logged = {
+        "train/grad_norm",
+        "train/clip_rate_UnitNorm",
+        "train/clip_rate_Adaptive",
+        "train/sanitized_elements",
+    }
+    assert logged <= set(metrics.read_text().splitlines()[0].split(","))
