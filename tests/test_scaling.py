@@ -10,7 +10,7 @@ from lightning_diffusion import scaling
 from lightning_diffusion.scaling import scale_, scale_each_, scale_units_
 
 SHAPES = [(5,), (), (30, 4), (12, 2, 3, 3), (0, 3), (4, 2)]
-FORMS = {"whole tensors": (100_000, True), "units picked out": (0, True), "no branches": (0, False)}
+FORMS = {"whole tensors": (10**9, True), "units picked out": (0, True), "no branches": (0, False)}
 
 
 @pytest.fixture(params=FORMS, autouse=True)
