@@ -43,16 +43,12 @@ def test_a_batch_without_loss_does_not_upset_the_scaler(accumulate):
         def training_step(self, batch, batch_idx):
             return None if batch_idx == 3 else super().training_step(batch, batch_idx)
 
-    after = Watch()
-    fit(
-        Forgetful(fused=True),
-        GradientClipping(ld.GlobalNorm(BOUND)),
-        after,
-        plugins=[float16()],
-        max_steps=6,
-        accumulate_grad_batches=accumulate,
-    )
-    assert_close(after.norms[-1], BOUND, rtol=1e-3, atol=0)
+    fused, plain = Forgetful(fused=True), Forgetful(fused=False)
+    for module in (fused, plain):
+        options = {"plugins": [float16()], "max_steps": 6, "accumulate_grad_batches": accumulate}
+        fit(module, GradientClipping(ld.GlobalNorm(0.5)), **options)
+    for name, weight in online(fused).items():
+        assert_close(weight, online(plain)[name])
 
 
 class Two(Adam):
@@ -110,3 +106,14 @@ def test_the_closures_of_lbfgs_are_each_clipped():
     fit(Quasi(), GradientClipping(ld.GlobalNorm(BOUND)), after, max_steps=2, log_every_n_steps=1)
     assert len(after.norms) > 4
     assert max(after.norms) <= BOUND * 1.001
+
+
+def test_the_norm_of_each_closure_is_computed_anew():
+    class Quasi(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS([p for p in self.parameters() if p.requires_grad], lr=0.1, max_iter=3)
+
+    watch = Watch()
+    fit(Quasi(), watch, GradientClipping(exclude=["*"]), max_steps=1, log_every_n_steps=1)
+    assert len(set(watch.norms)) > 1
+    assert watch.logged[-1]["train/grad_norm"] == pytest.approx(watch.norms[-1])

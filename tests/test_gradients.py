@@ -192,6 +192,13 @@ def test_adaptive_clipping_does_not_depend_on_the_units_of_weights_and_gradients
     assert_close(grads(scaled), [scale * g for g in grads(made)])
 
 
+def test_gradients_below_the_smallest_length_count_as_that_long():
+    p = nn.Parameter(torch.zeros(1, 4, dtype=torch.float64))
+    p.grad = torch.full((1, 4), 2.5e-7, dtype=torch.float64)
+    clip_adaptively_([p], 0.01, 1e-5)
+    assert float(p.grad.norm()) == pytest.approx(5e-7 * 1e-7 / 1e-6)
+
+
 def test_zero_weights_still_learn():
     p = nn.Parameter(torch.zeros(4, 3))
     p.grad = torch.ones(4, 3)
