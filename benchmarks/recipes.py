@@ -5,8 +5,8 @@
     python benchmarks/recipes.py time docs/results/recipes_time.csv
     python benchmarks/recipes.py table docs/results
 
-`digits` runs the command line for 600 steps of each recipe and seed and adds a row per run; rows that are there are
-kept. Of the averaged weights it measures the Frechet distance of 1,797 samples (1 = as many fresh real digits) and
+`digits` runs the command line for 600 steps of each recipe and seed and adds a row per run; rows and runs (in
+runs/recipes) that are there are kept. Of the averaged weights it measures the Frechet distance of 1,797 samples (1 = as many fresh real digits) and
 the share of them in which a classifier finds the asked digit, both as in digits_quality.py, and the loss on held-out
 digits in a space common to all: the error of x_0_hat weighted as EDM does, in bins of log-SNR of data of deviation 1.
 `mixtures` trains an MLP on the mixtures of mixture_excess.py and divides its loss by that of the exact denoiser.
@@ -21,7 +21,6 @@ import itertools
 import math
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -43,22 +42,23 @@ from lightning_diffusion.datamodules import DigitsDataModule
 from lightning_diffusion.datamodules.digits import load_digits
 from lightning_diffusion.metrics import frechet_distance
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS, RUNS = Path(__file__).parent.parent / "configs", Path("runs", "recipes")
 RECIPES = sorted(path.stem for path in (CONFIGS / "recipes").glob("*.yaml"))
 STEPS, MIXTURE_STEPS, REPEATS = 600, 2000, 8
 BIN_EDGES = torch.linspace(-8, 8, 9)
 
 
-def train_digits(recipe: str, seed: int, folder: Path) -> ld.DiffusionModule:
+def train_digits(recipe: str, seed: int) -> ld.DiffusionModule:
     """The recipe after 600 steps from the command line."""
-    files = [CONFIGS / "digits.yaml", CONFIGS / "recipes" / f"{recipe}.yaml"]
-    options = [f"--config={file}" for file in files] + [
-        f"--seed_everything={seed}", f"--trainer.max_steps={STEPS}", "--trainer.callbacks=[PowerFunctionEMA]",
-        "--trainer.check_val_every_n_epoch=1000", f"--name={recipe}-{seed}",
-    ]  # fmt: skip
-    command = [sys.executable, "-m", "lightning_diffusion", "fit", *options]
-    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    checkpoint = folder / "runs" / f"{recipe}-{seed}-1" / "checkpoints" / "last.ckpt"
+    checkpoint = RUNS / f"{recipe}-{seed}-1" / "checkpoints" / "last.ckpt"
+    if not checkpoint.exists():
+        files = [CONFIGS / "digits.yaml", CONFIGS / "recipes" / f"{recipe}.yaml"]
+        options = [f"--config={file}" for file in files] + [
+            f"--seed_everything={seed}", f"--trainer.max_steps={STEPS}", "--trainer.callbacks=[PowerFunctionEMA]",
+            "--trainer.check_val_every_n_epoch=1000", f"--runs={RUNS}", f"--name={recipe}-{seed}",
+        ]  # fmt: skip
+        command = [sys.executable, "-m", "lightning_diffusion", "fit", *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return ld.DiffusionModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
 
 
@@ -95,12 +95,11 @@ def run_digits(path: Path, only: list[str], seeds: list[int]) -> None:
     images, labels, held_out = load_digits(DigitsDataModule().held_out)
     real = Reference(grey_levels(images), labels, held_out)
     done = {(row["recipe"], int(row["seed"])) for row in rows(path)}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in seeds:
-            for recipe in only:
-                if (recipe, seed) not in done:
-                    found = measure(train_digits(recipe, seed, Path(folder)), real)
-                    append(path, {"recipe": recipe, "seed": seed, "steps": STEPS, **found})
+    for seed in seeds:
+        for recipe in only:
+            if (recipe, seed) not in done:
+                found = measure(train_digits(recipe, seed), real)
+                append(path, {"recipe": recipe, "seed": seed, "steps": STEPS, **found})
 
 
 def objective_of(recipe: str) -> ld.DiffusionObjective:

@@ -112,7 +112,7 @@ class Drawing(nn.Module):
             yield images.clamp(-1, 1) if self.representation.bounded else images
 
     def _denoise(self, network: nn.Module, condition: Condition, x_t: Tensor, level: NoiseLevel) -> Tensor:
-        return self.objective.denoise(network, x_t, level, condition)
+        return self.representation.hold(self.objective.denoise(network, x_t, level, condition))
 
     def _with_weights(self, weights: str) -> nn.Module:
         values = resolve_weights(weights, self.averages)

@@ -41,6 +41,10 @@ class Representation(Recorded, nn.Module, ABC):
     def decode(self, x: Tensor) -> Tensor:
         """What was sampled to images (B, C, H, W)."""
 
+    def hold(self, x: Tensor) -> Tensor:
+        """A guess of clean data moved to the nearest that can be: E[x_0 | x_t] is never outside. By default as it is."""
+        return x
+
     @property
     def needs_measuring(self) -> bool:
         """Whether `measure` must see training images first."""
@@ -66,6 +70,9 @@ class Identity(Representation):
 
     def decode(self, x: Tensor) -> Tensor:
         return x
+
+    def hold(self, x: Tensor) -> Tensor:
+        return x.clamp(-1, 1) if self.bounded else x
 
 
 class Standardize(Representation):
@@ -109,6 +116,9 @@ class Standardize(Representation):
 
     def decode(self, x: Tensor) -> Tensor:
         return x * per_channel(self.std / self._deviation, x) + per_channel(self.mean, x)
+
+    def hold(self, x: Tensor) -> Tensor:
+        return self.encode(self.decode(x).clamp(-1, 1)) if self.bounded else x
 
     def measure(self, batches: Iterable[Tensor]) -> None:
         self.mean, self.std = channel_moments(batches, self.num_images, self.std.device)

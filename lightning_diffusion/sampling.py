@@ -1,8 +1,11 @@
 r"""Samplers: from noise to data. They know a denoiser, x_0_hat = denoiser(x_t, level), and nothing else.
 
-Written on the general process x_t = alpha x_0 + sigma eps. In x/alpha and sigma/alpha the probability-flow ODE is
-Karras et al.'s, d(x/alpha) / d(sigma/alpha) = eps_hat, eps_hat = (x_t - alpha x_0_hat) / sigma: one code serves
-variance-preserving, variance-exploding and flow processes, and pure noise (alpha = 0) is a legal start.
+Written on the general process x_t = alpha x_0 + sigma eps, whose probability-flow ODE is
+
+    dx = x_0_hat d alpha + eps_hat d sigma          eps_hat = (x_t - alpha x_0_hat) / sigma
+
+One code serves variance-exploding processes (alpha = 1: Karras et al.'s ODE), variance-preserving ones and straight
+paths (the velocity eps - x_0), and pure noise (alpha = 0) is a legal start: nothing is divided by alpha.
 
     noise  N(0, I) of shape (B, ...); its dtype is the sampler's      levels  float64 scalars on the CPU
 """
@@ -101,11 +104,11 @@ class Heun(Sampler):
             x, level = _churned(process, x, level, self.churn, self.num_steps)
         slope, x0 = _slope_and_x0(process.denoise, x, level)
         guess = end.alpha * x0 + end.sigma * slope
-        if end.sigma == 0 or level.alpha == 0:
+        if end.sigma == 0:
             return guess
-        end_slope, _ = _slope_and_x0(process.denoise, guess, end)
-        scale = end.alpha / level.alpha
-        return scale * x + (end.sigma - scale * level.sigma) * (slope + end_slope) / 2
+        end_slope, end_x0 = _slope_and_x0(process.denoise, guess, end)
+        signal, noise = (end.alpha - level.alpha) / 2, (end.sigma - level.sigma) / 2
+        return x + signal * (x0 + end_x0) + noise * (slope + end_slope)
 
 
 @dataclass(frozen=True)

@@ -53,3 +53,26 @@ def test_bad_arguments_are_named(images):
         ld.Standardize([0.0], [0.0])
     with pytest.raises(ValueError, match="Constant channels"):
         ld.Standardize().measure([torch.ones(4, 2, 3, 3)])
+
+
+@pytest.mark.parametrize(
+    "representation",
+    [ld.Identity(), ld.Standardize([-0.4, 0.1], [0.7, 0.5], sigma_data=0.5)],
+    ids=["as is", "std"],
+)
+def test_guesses_are_held_to_what_images_can_be(representation):
+    """The nearest encoded image, per element: nothing within moves, nothing comes nearer to the truth by staying out."""
+    x = torch.randn(64, 2, 3, 3, generator=torch.Generator().manual_seed(0)) * 3
+    held = representation.hold(x)
+    images = representation.decode(held)
+    assert images.min() >= -1 - 1e-6
+    assert images.max() <= 1 + 1e-6
+    inside = representation.decode(x).abs() < 1
+    assert_close(held[inside], x[inside])
+    truth = representation.encode(torch.rand(64, 2, 3, 3, generator=torch.Generator().manual_seed(1)) * 2 - 1)
+    assert ((held - truth).abs() <= (x - truth).abs() + 1e-5).all()
+
+
+def test_unbounded_data_are_not_held():
+    x = torch.full((2, 3), 9.0)
+    assert torch.equal(ld.Identity(bounded=False).hold(x), x)
