@@ -5,10 +5,11 @@
     python benchmarks/recipes.py time docs/results/recipes_time.csv
     python benchmarks/recipes.py table docs/results
 
-`digits` runs the command line for 600 steps of each recipe and seed and adds a row per run; rows and runs (in
-runs/recipes) that are there are kept. Of the averaged weights it measures the Frechet distance of 1,797 samples (1 = as many fresh real digits) and
-the share of them in which a classifier finds the asked digit, both as in digits_quality.py, and the loss on held-out
-digits in a space common to all: the error of x_0_hat weighted as EDM does, in bins of log-SNR of data of deviation 1.
+`digits` runs the command line for 600 steps of each recipe and seed and adds a row per run; rows, and runs in
+runs/recipes, that are there are kept. Of the averaged weights it measures the Frechet distance of 1,797 samples (1 = as
+many fresh real digits) and the share of them in which a classifier finds the asked digit, both as in digits_quality.py,
+and the loss on held-out digits in a space common to all: the error of x_0_hat weighted as EDM does, in bins of log-SNR
+of data of deviation 1.
 `mixtures` trains an MLP on the mixtures of mixture_excess.py and divides its loss by that of the exact denoiser.
 `time` measures a step (loss, backward, optimizer) of all recipes in turn: ratio to `edm`, median and quartiles.
 """
