@@ -61,7 +61,7 @@ def test_bad_arguments_are_named(images):
     ids=["as is", "std"],
 )
 def test_guesses_are_held_to_what_images_can_be(representation):
-    """The nearest encoded image, per element: nothing within moves, nothing comes nearer to the truth by staying out."""
+    """The nearest that an image encodes to, per element: what is inside stays, and no guess moves away from a truth."""
     x = torch.randn(64, 2, 3, 3, generator=torch.Generator().manual_seed(0)) * 3
     held = representation.hold(x)
     images = representation.decode(held)
