@@ -27,7 +27,7 @@ class LossScaleMonitor(GradientCallback):
 
     When:   always with float16. Without a loss scaler it says once that there is nothing to watch.
     Costs:  the norm that clipping needs as well.
-    Knobs:  floor, the scaler's own if it has one; patience_steps.
+    Knobs:  floor, or the scaler's own (LossScaling's) where that is higher; patience_steps.
     With:   put it before GradientClipping.
     Logs:   train/loss_scale, train/loss_scale_growth_tracker (steps since it last changed), train/skipped_steps
             (in the whole training), train/overflow_rate (share of steps since the last logging step).
@@ -76,7 +76,7 @@ class LossScaleMonitor(GradientCallback):
         if scaler is None:
             return
         watched = self._watched.setdefault(id(optimizer), _Overflows(self._names))
-        watched.add(gradients, scaler._get_scale_async() <= self.floor)
+        watched.add(gradients, scaler._get_scale_async() <= max(self.floor, getattr(scaler, "floor", 0.0)))
         if logs_this_step(trainer):
             state = scaler.state_dict()
             rate = float(watched.pop_rate())

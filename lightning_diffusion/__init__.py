@@ -66,6 +66,7 @@ _PUBLIC = {
     "networks": ["Network", "UNet"],
     "learning_rates": [
         "LearningRate",
+        "TakenStepsLR",
         "WarmupConstant",
         "WarmupCosine",
         "WarmupInverseSquareRoot",
@@ -74,6 +75,8 @@ _PUBLIC = {
     "sampling": ["DDIM", "Ancestral", "Churn", "Euler", "Heun", "Sampler"],
     "guidance": ["ClassifierFree", "Guidance"],
     "module": ["DiffusionModule"],
+    "loss_scaling": ["LossScaling"],
+    "precision": ["DiffusionFSDPPrecision", "DiffusionPrecision"],
     "resume": ["RandomKey", "ResumableSampler"],
     "io": ["AtomicCheckpointIO"],
     "averaging": ["load_averaged"],

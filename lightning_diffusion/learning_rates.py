@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 
 class LearningRate(ABC):
@@ -85,3 +90,35 @@ class WarmupInverseSquareRoot(LearningRate):
 
     def after_warmup(self, step: int, progress: float) -> float:
         return 1 / math.sqrt(max(step / self.reference_steps, 1))
+
+
+class TakenStepsLR(LambdaLR):
+    """LambdaLR that counts only steps that the optimizer took: not those that a float16 scaler or a guard skipped.
+
+    With a fused optimizer under a scaler `step` waits for the device, which alone knows whether it overflowed.
+
+    Args:
+        optimizer: whose rates are multiplied.
+        factor: of the number of steps taken so far.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
+        self._verdict: Any = 0.0
+        super().__init__(optimizer, factor)
+        self._verdict = None
+        optimizer.register_step_post_hook(self._after_step)
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Not called where a scaler skips; a fused optimizer is, and says in `found_inf` that it did nothing."""
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            self._verdict = getattr(optimizer, "found_inf", 0.0)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Advance, if the optimizer has."""
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None and float(verdict) == 0:
+            super().step(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What LambdaLR saves."""
+        return {name: value for name, value in super().state_dict().items() if name != "_verdict"}

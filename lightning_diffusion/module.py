@@ -18,7 +18,7 @@ from lightning_diffusion.averaging import averages_in
 from lightning_diffusion.batches import LABEL, Repeatable, declared_conditions, drop_labels, unpack
 from lightning_diffusion.checks import check_encoded, check_images
 from lightning_diffusion.drawing import Drawing
-from lightning_diffusion.learning_rates import LearningRate, WarmupConstant
+from lightning_diffusion.learning_rates import LearningRate, TakenStepsLR, WarmupConstant
 from lightning_diffusion.networks import Network
 from lightning_diffusion.noise_level import cat
 from lightning_diffusion.objective import DiffusionObjective, Report
@@ -107,13 +107,15 @@ class DiffusionModule(Drawing, L.LightningModule):
         """What an average should follow: the network's trainable parameters, by their names in this module."""
         return {f"network.{name}": p for name, p in self.network.named_parameters() if p.requires_grad}
 
+    def low_precision_modules(self) -> list[nn.Module]:
+        """What precision plugins run in low precision: the network alone."""
+        return [self.network]
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         self._configured = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         total, images = self.trainer.estimated_stepping_batches, self._images_per_step()
-        factor = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.learning_rate(step, total, images)
-        )
+        factor = TakenStepsLR(optimizer, lambda step: self.learning_rate(step, total, images))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
 
     def on_fit_start(self) -> None:

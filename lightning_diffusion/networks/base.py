@@ -19,10 +19,13 @@ class Network(Recorded, nn.Module, ABC):
     Attributes:
         image_shape: (C, H, W) of x without the batch.
         num_classes: 0 if there are no labels.
+        float32_modules: patterns of the names of parts that precision plugins keep in float32, besides those that
+            they keep in any network.
     """
 
     image_shape: tuple[int, ...]
     num_classes: int = 0
+    float32_modules: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:

@@ -27,6 +27,8 @@ class UNet(Network):
         dropout: in the residual blocks, while training.
     """
 
+    float32_modules = ("embedding",)
+
     def __init__(
         self,
         image_shape: Sequence[int],
