@@ -7,8 +7,7 @@ The loss is minimised by E[x_0 | x_t], of which x_0 is a noisy sample and x_bar 
 If x_0 is one of exchangeable references, w is the exact posterior of which of them made x_t: the regression target
 is unbiased for every number of references and never varies more. References without the true x_0 would bias it.
 
-Computed relative to x_0, where nothing cancels. With r = alpha / sigma the exponent is, up to a constant,
--r^2 |x_0 - x_i|^2 / 2 - r eps . (x_0 - x_i), which is 0 for x_0 itself.
+With r = alpha / sigma the exponent is, up to a constant, (r^2 x_0 + r eps) . x_i - r^2 |x_i|^2 / 2: one matrix product.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from lightning_diffusion.recording import Recorded
 SAME = 1e-5
 """Two samples are one if |x_i - x_j|^2 is below this share of |x_i|^2 + |x_j|^2: float32 cannot tell them apart."""
 
-LARGEST_RATIO = 1e9
-"""alpha / sigma is cut here, so that sigma = 0 stays finite: no other sample has any weight by then."""
+LARGEST_RATIO = 1e4
+"""Where alpha / sigma is more, x_0 itself is the target: no other sample has any weight by then."""
 
 
 class References(NamedTuple):
@@ -37,11 +36,12 @@ class References(NamedTuple):
     label: Tensor | None = None
     null: int | None = None
 
-    def allowed(self, label: Tensor | None) -> Tensor | None:
-        """Which references (B, N) share the condition `label` (B,); None for all."""
+    def forbidden(self, label: Tensor | None) -> Tensor | None:
+        """Which references (B, N) are of another condition than `label` (B,); None for none."""
         if label is None or self.label is None:
             return None
-        return (label[:, None] == self.label) | (label[:, None] == self.null)
+        other = label[:, None] != self.label
+        return other if self.null is None else other & (label != self.null)[:, None]
 
 
 class StableTarget(Recorded, nn.Module):
@@ -124,9 +124,9 @@ class StableTarget(Recorded, nn.Module):
         """Raise a ValueError if some of the batch x0 (B, ...) are not among the references of their label."""
         if self.x0 is None:
             return
-        same = _distances(x0.flatten(1), self.x0.to(x0).flatten(1))[1]
-        allowed = References(self.x0, self.label).allowed(label)
-        if missing := int((~(same if allowed is None else same & allowed).any(1)).sum()):
+        same = _same(x0.flatten(1), self.x0.to(x0).flatten(1))
+        forbidden = References(self.x0, self.label).forbidden(label)
+        if missing := int((~(same if forbidden is None else same & ~forbidden).any(1)).sum()):
             raise ValueError(
                 f"Found {missing} of {len(x0)} training samples that are not among the references of StableTarget: "
                 "averaging without the true x_0 biases the target. The data are augmented, encoded at random, or "
@@ -141,7 +141,7 @@ class StableTarget(Recorded, nn.Module):
         labels = [None] * len(x0) if label is None else torch.split(label, rows)
         parts = (torch.split(part, rows) for part in (x0, noise, level.alpha, level.sigma))
         chunks = [
-            _posterior(x, eps, NoiseLevel(alpha, sigma), references, references.allowed(own))
+            _posterior(x, eps, NoiseLevel(alpha, sigma), references, references.forbidden(own))
             for x, eps, alpha, sigma, own in zip(*parts, labels, strict=False)
         ]
         x_bar, eps_bar = zip(*chunks, strict=True)
@@ -149,25 +149,23 @@ class StableTarget(Recorded, nn.Module):
 
 
 def _posterior(
-    x0: Tensor, noise: Tensor, level: NoiseLevel, references: References, allowed: Tensor | None
+    x0: Tensor, noise: Tensor, level: NoiseLevel, references: References, forbidden: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     x, eps, refs = x0.flatten(1), noise.flatten(1), references.x0.flatten(1)
+    r = (level.alpha / level.sigma)[:, None]
     with torch.autocast(x.device.type, enabled=False):
-        distance, same = _distances(x, refs)
-        noise_along = (eps * x).sum(1, keepdim=True) - eps @ refs.T
-        ratio = (level.alpha / level.sigma).clamp(max=LARGEST_RATIO)[:, None]
-        logits = (-(ratio**2) * distance / 2 - ratio * noise_along).masked_fill(same, 0.0)
-        logits = logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
-        others = logits.softmax(1).masked_fill(same, 0.0)
-        shift = others @ refs - others.sum(1, keepdim=True) * x
-    return (x + shift).view_as(x0), (eps - ratio * shift).view_as(x0)
+        near = r.clamp(max=LARGEST_RATIO)
+        logits = (near * (near * x + eps)) @ refs.T
+        logits = logits.addcmul_(near**2, refs.square().sum(1), value=-0.5)
+        logits = logits if forbidden is None else logits.masked_fill_(forbidden, -torch.inf)
+        shift = (logits.softmax(1) @ refs - x).masked_fill(r > LARGEST_RATIO, 0.0)
+    return (x + shift).view_as(x0), (eps - near * shift).view_as(x0)
 
 
-def _distances(x: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances of x (B, D) to references (N, D), and which are of the same sample: both (B, N)."""
+def _same(x: Tensor, references: Tensor) -> Tensor:
+    """Which of references (N, D) are the samples x (B, D), shape (B, N)."""
     sizes = x.square().sum(1, keepdim=True) + references.square().sum(1)
-    distance = sizes - 2 * x @ references.T
-    return distance, distance <= SAME * sizes
+    return sizes - 2 * x @ references.T <= SAME * sizes
 
 
 def _check_size(found: int, reference_size: int) -> None:
