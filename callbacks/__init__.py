@@ -16,6 +16,7 @@ from lightning_diffusion.callbacks.progress import TrainingProgress
 from lightning_diffusion.callbacks.run_summary import RunSummary
 from lightning_diffusion.callbacks.sample_grid import SampleGrid
 from lightning_diffusion.callbacks.save_on_signal import SaveOnSignal
+from lightning_diffusion.callbacks.spike_guard import SpikeGuard
 
 __all__ = [
     "EMA",
@@ -29,5 +30,6 @@ __all__ = [
     "RunSummary",
     "SampleGrid",
     "SaveOnSignal",
+    "SpikeGuard",
     "TrainingProgress",
 ]

@@ -91,6 +91,7 @@ _PUBLIC = {
         "Value",
     ],
     "recorder": ["Snapshots"],
+    "spikes": ["SpikeRule"],
     "profiles": ["FixedDecay", "HalfLife", "InverseGamma", "PowerFunction", "Profile", "RatioWarmup"],
     "analysis.information": ["GaussianMixture", "information_curves"],
     "analysis.decoders": ["DiscreteDecoder", "GaussianDecoder"],

@@ -90,6 +90,7 @@ from lightning_diffusion.schedules import GeometricSchedule as GeometricSchedule
 from lightning_diffusion.schedules import LinearSchedule as LinearSchedule
 from lightning_diffusion.schedules import ScaledLinearSchedule as ScaledLinearSchedule
 from lightning_diffusion.schedules import SigmoidSchedule as SigmoidSchedule
+from lightning_diffusion.spikes import SpikeRule as SpikeRule
 from lightning_diffusion.stable_targets import StableTarget as StableTarget
 from lightning_diffusion.tabulated_densities import TabulatedDensity as TabulatedDensity
 from lightning_diffusion.tabulated_densities import TabulatedTime as TabulatedTime

@@ -103,11 +103,21 @@ class ModelAverages:
             for average in averages:
                 average.after_step(self.images, getattr(optimizer, "found_inf", None))
 
+    def clocks(self) -> dict[str, list[dict[str, Any]]]:
+        """How far every average is, by its name, for each optimizer."""
+        return {name: [part[name].state_dict() for part in self._parts] for name in self.profiles}
+
+    def set_clocks(self, clocks: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Set all averages to where `clocks` found them."""
+        for name in self.profiles:
+            for part, clock in zip(self._parts, clocks[name], strict=True):
+                part[name].load_state_dict(clock)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; sharded averages are gathered, so all processes have to call this."""
         return {
             "averages": {name: whole(average) for name, average in self.averages.items()},
-            "clocks": {name: [part[name].state_dict() for part in self._parts] for name in self.profiles},
+            "clocks": self.clocks(),
             "profiles": {name: repr(profile) for name, profile in self.profiles.items()},
         }
 

@@ -70,7 +70,7 @@ class DiffusionModule(Drawing, L.LightningModule):
         self.label_dropout = label_dropout
         self.averages: dict[str, dict[str, Tensor]] = {}
         self._reports: list[Report] = []
-        self._logged: Tensor | None = None
+        self._losses: list[Tensor] = []
         self._checked: set[str] = set()
         self.save_hyperparameters(self._recorded_parts())
 
@@ -229,12 +229,11 @@ class DiffusionModule(Drawing, L.LightningModule):
         if starts_step:
             self._reports.clear()
         if starts_step and self.trainer.global_step % self._log_every == 0:
-            self._logged = None
+            self._losses.clear()
         self._reports.append(report)
-        pair = torch.stack([report.loss, torch.ones_like(report.loss)])
-        self._logged = pair if self._logged is None else self._logged + pair
+        self._losses.append(report.loss)
         if self._logs_this_step:
-            self.log("train/loss", self._logged[0] / self._logged[1], sync_dist=True, prog_bar=True)
+            self.log("train/loss", torch.stack(self._losses).mean(), sync_dist=True, prog_bar=True)
 
     def _training_images(self) -> Iterable[Tensor]:
         """Images of the training batches; can be gone through again."""

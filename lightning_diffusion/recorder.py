@@ -100,9 +100,17 @@ class Recorder:
         return f"Snapshots of {len(self.widths)} averages every {self.every} steps{taken}, in {self.place.folder}"
 
     def after_step(self) -> None:
-        """Take a snapshot if one is due."""
+        """Take a snapshot if one is due; forget those of steps that were taken back."""
+        if self.averages.steps < self._last:
+            self._rewind()
         if self.averages.steps // self.every > self._last // self.every:
             self._take()
+
+    def _rewind(self) -> None:
+        self.flush()
+        self._last = self.averages.steps
+        if self.writes:
+            remove_after(self.place.folder, self._last)
 
     def finish(self) -> None:
         """Take a last one, and wait until all is written."""

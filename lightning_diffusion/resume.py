@@ -78,8 +78,7 @@ class RandomKey:
         """
         samples = batch * self.world_size
         n, window = samples * self.accumulate, self.batch // self.accumulate
-        shift_seed = hash_seed(self.seed, purpose, "shift", self.epoch, window)
-        shift = torch.randint(n, (), generator=torch.Generator().manual_seed(shift_seed))
+        shift = hash_seed(self.seed, purpose, "shift", self.epoch, window) % n
         place = torch.arange(self.rank, samples, self.world_size) * self.accumulate
         stratum = (place + self.batch % self.accumulate + shift) % n
         return (stratum + self.uniform(purpose, batch)) / n

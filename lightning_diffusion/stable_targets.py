@@ -40,7 +40,7 @@ class References(NamedTuple):
         """Which references (B, N) are of another condition than `label` (B,); None for none."""
         if label is None or self.label is None:
             return None
-        other = label[:, None] != self.label
+        other = label.int()[:, None] != self.label.int()
         return other if self.null is None else other & (label != self.null)[:, None]
 
 

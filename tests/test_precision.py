@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
+from commands import CONFIG
 from foreign import QUIET, Classifier, points
 from foreign import fit as fit_foreign
 from precision_recorder import Recorder
@@ -12,6 +13,7 @@ from small_module import fit, module
 from torch import nn
 
 import lightning_diffusion as ld
+from lightning_diffusion.cli import main
 from lightning_diffusion.datamodules import DigitsDataModule
 
 LOW = ["bf16-mixed", "bf16-true"]
@@ -210,3 +212,27 @@ def test_evaluation_alone_runs_in_it_too():
     trainer.validate(model, points(8), verbose=False)
     assert model.seen_types["body.0"][1] is torch.bfloat16
     assert {p.dtype for p in model.parameters()} == F32
+
+
+NAMED = """\
+  plugins:
+    - class_path: DiffusionPrecision
+      init_args: {precision: 16-mixed, fp32_modules: [network.head], loss_scaling: {start: 1024.0, floor: 1.0}}
+"""
+
+
+def test_a_configuration_names_it(folder):
+    (folder / "half.yaml").write_text(CONFIG + NAMED)
+    assert main(["fit", "--config", "half.yaml", "--trainer.max_steps", "2"]) == 0
+    written = (folder / "runs" / "half-1" / "config.yaml").read_text()
+    assert "class_path: lightning_diffusion.DiffusionPrecision" in written
+    saved = torch.load(next((folder / "runs" / "half-1").rglob("*.ckpt")), weights_only=True)
+    assert saved["DiffusionPrecision"]["scale"] == 1024
+
+
+def test_beside_precision_it_is_one_line(folder, capsys):
+    (folder / "half.yaml").write_text(CONFIG + NAMED + "  precision: bf16-mixed\n")
+    assert main(["fit", "--config", "half.yaml"]) != 0
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+    assert len(error) == 1
+    assert "both `precision=bf16-mixed` and `plugins=DiffusionPrecision('16-mixed')`" in error[0]
