@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 from cases import LEARNING_RATES
 
 import lightning_diffusion as ld
@@ -50,3 +51,22 @@ def test_endless_training_never_decays():
 def test_negative_warmup_is_refused():
     with pytest.raises(ValueError, match="at least 0 steps"):
         ld.WarmupCosine(warmup_steps=-1)
+
+
+def test_the_rate_follows_steps_that_were_taken():
+    """A guard drops gradients in every third step; where nothing was backpropagated there is no step either."""
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    schedule = ld.TakenStepsLR(optimizer, lambda taken: 0.5**taken)
+    rates = []
+    for step in range(6):
+        p.grad = None if step % 3 == 1 else torch.ones(2)
+        optimizer.step()
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    schedule.step()
+    assert rates == [0.5, 0.5, 0.25, 0.125, 0.125, 0.0625]
+    resumed = ld.TakenStepsLR(torch.optim.SGD([p], lr=1.0), lambda taken: 0.5**taken)
+    resumed.load_state_dict(schedule.state_dict())
+    assert resumed.last_epoch == schedule.last_epoch == 4
+    assert "_verdict" not in schedule.state_dict()

@@ -168,6 +168,10 @@ WRONG = {
         lambda: L.Trainer(**QUIET, precision="bf16-mixed", plugins=[ld.DiffusionPrecision()]),
         r"both `precision=bf16-mixed` and `plugins=DiffusionPrecision\('bf16-mixed'\)`. Choose one",
     ),
+    "trained outside of shards": (
+        lambda: ld.DiffusionFSDPPrecision().shard_(module(objective=ld.EDM2()), None),
+        r"'objective.weighting\..* are trained but not within what is sharded.*low_precision_modules",
+    ),
     "not sharded": (
         lambda: fit(module(), plugins=[ld.DiffusionFSDPPrecision()]),
         "is for ModelParallelStrategy, found SingleDeviceStrategy. Use DiffusionPrecision",
@@ -233,6 +237,5 @@ def test_a_configuration_names_it(folder):
 def test_beside_precision_it_is_one_line(folder, capsys):
     (folder / "half.yaml").write_text(CONFIG + NAMED + "  precision: bf16-mixed\n")
     assert main(["fit", "--config", "half.yaml"]) != 0
-    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
-    assert len(error) == 1
-    assert "both `precision=bf16-mixed` and `plugins=DiffusionPrecision('16-mixed')`" in error[0]
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "Received both `precision=bf16-mixed` and `plugins=DiffusionPrecision('16-mixed')`" in error

@@ -59,11 +59,13 @@ class NumberFormat:
 
 FORMATS = (
     NumberFormat(torch.float32, "all"),
-    NumberFormat(torch.float16, "NVIDIA from Volta (2017), AMD from MI100, Apple; CPUs with AMX-FP16 only"),
+    NumberFormat(
+        torch.float16, "NVIDIA from Volta (2017), AMD from MI100, Apple; CPUs with AVX512-FP16 or AMX-FP16"
+    ),
     NumberFormat(
         torch.bfloat16, "NVIDIA from Ampere (2020), AMD from MI100, TPU; CPUs with AVX512-BF16 or AMX"
     ),
-    NumberFormat(torch.float8_e4m3fn, "NVIDIA from Ada and Hopper (2022), AMD from MI300: products only"),
+    NumberFormat(torch.float8_e4m3fn, "NVIDIA from Ada and Hopper (2022), AMD from MI350; products only"),
     NumberFormat(torch.float8_e5m2, "as float8_e4m3fn; for gradients"),
 )
 
@@ -89,7 +91,7 @@ def formats_table(formats: Sequence[NumberFormat] = FORMATS) -> str:
 
 def _row(f: NumberFormat) -> list[str]:
     numbers = [f.largest, f.smallest_normal, f.smallest_subnormal, f.relative_precision]
-    return [f.name, str(f.bits), *(f"{number:.3g}" for number in numbers), f.hardware]
+    return [f.name, str(f.bits), *(f"{number:.5g}" for number in numbers), f.hardware]
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,9 @@ def hardware_of(device: torch.device | str = "cpu") -> Hardware:
         bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return Hardware(kind, bfloat16, float16=bool(torch.version.hip) or _capability(device) >= (7, 0))
     if kind == "cpu":
-        cpu = torch.cpu
-        bfloat16 = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
-        amx_fp16 = getattr(cpu, "_is_amx_fp16_supported", lambda: False)  # not in torch 2.6
-        return Hardware(kind, bfloat16, float16=bool(amx_fp16()))
+        bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.6
+        return Hardware(kind, bfloat16, float16=bool(found.get("avx512_fp16") or found.get("amx_fp16")))
     if kind == "mps":
         return Hardware(kind, torch.backends.mps.is_macos_or_newer(14, 0), float16=True)
     return Hardware(kind, bfloat16=True, float16=False)
