@@ -103,17 +103,17 @@ class SpikeGuard(GradientCallback):
         super().on_fit_start(trainer, pl_module)
         _check_optimizers(trainer)
         _check_order(self, trainer)
-        if self._module is not None and pl_module is not self._module:
-            self._monitors, self.events, self._snapshots = {}, [], []
-        if self._module is not None:
+        if self._module is not None:  # nothing was loaded
             self._snapshots = []
+            if pl_module is not self._module:
+                self._monitors, self.events = {}, []
         self._module, self._buffers = pl_module, Buffers(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._verdict = self._rates = None
+        self._verdict = self._rates = self._back_to = None
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._watched.forget()
             self._kept_buffers.keep()
@@ -128,8 +128,7 @@ class SpikeGuard(GradientCallback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, gradients: Gradients
     ) -> None:
         values = self._values(trainer, pl_module, gradients)
-        if scaler_of(trainer) is None or not _overflows(values):
-            self._judge(trainer, pl_module, optimizer, values)
+        self._judge(trainer, pl_module, optimizer, values)
         if logs_this_step(trainer):
             counts = {"spikes": float(self.spikes), "rollbacks": float(self.rollbacks)}
             log_now(trainer, pl_module, optimizer, {**counts})
@@ -147,8 +146,10 @@ class SpikeGuard(GradientCallback):
     ) -> None:
         number = trainer.optimizers.index(optimizer)
         monitor = self._monitors.setdefault(number, SpikeMonitor(self.rule))
-        action, spikes = monitor.judge(values)
-        if self._verdict is not Action.ROLL_BACK:
+        overflows = scaler_of(trainer) is not None and not math.isfinite(values[NORM])
+        judged = {name: x for name, x in values.items() if not (overflows and name == NORM)}
+        action, spikes = monitor.judge(judged, counts=not overflows)
+        if self._verdict in (None, Action.TAKE):
             self._verdict = action
         if spikes:
             self._skip(trainer, pl_module, optimizer)
@@ -178,6 +179,10 @@ class SpikeGuard(GradientCallback):
                 "the learning rate, warm it up longer, or clip gradients; if the values are as they should be, raise "
                 "SpikeRule's ratio or threshold."
             )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        self._snapshots = []
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -256,12 +261,6 @@ def _training(trainer: Trainer, pl_module: LightningModule) -> Training:
     averages = [ema._running for ema in emas if ema._running is not None]
     schedulers = [config.scheduler for config in configs] if own else []
     return Training(pl_module, trainer.optimizers, averages, schedulers, scaler_of(trainer))
-
-
-def _overflows(values: Mapping[str, float]) -> bool:
-    """Whether the gradient is not finite though the losses are: a loss scaler will skip the step."""
-    finite = [math.isfinite(value) for name, value in values.items() if name != NORM]
-    return not math.isfinite(values[NORM]) and all(finite)
 
 
 def _over_processes(trainer: Trainer, indices: list[int]) -> tuple[int, ...]:

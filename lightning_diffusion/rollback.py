@@ -83,30 +83,34 @@ def restore_rates_(training: Training, saved: Mapping[str, Any]) -> None:
 
 
 class Buffers:
-    """A module's buffers before a step, in case that it is not taken. Only those that have changed are copied."""
+    """A module's buffers before a step, in case that it is not taken; not of parts in evaluation mode.
+
+    All are copied, for batch norm changes its statistics without telling autograd.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self._kept: dict[tuple[str, str], Tensor] = {}
 
+    @torch.no_grad()
     def keep(self) -> None:
         """Remember how they are now."""
-        for name, buffer in self.module.named_buffers():
-            if self._changed(name, buffer):
-                self._kept[name] = buffer, buffer._version, local(buffer).detach().clone()
+        self._kept = {key: buffer.clone() for key, buffer in self._live().items()}
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Put those back that were changed since."""
-        for name, buffer in self.module.named_buffers():
-            if name in self._kept and self._changed(name, buffer):
-                kept = self._kept[name][2]
-                local(buffer).copy_(kept)
-                self._kept[name] = buffer, buffer._version, kept
+        """Put them back."""
+        for key, buffer in self._live().items():
+            if key in self._kept:
+                buffer.copy_(self._kept[key])
 
-    def _changed(self, name: str, buffer: Tensor) -> bool:
-        known = self._kept.get(name)
-        return known is None or known[0] is not buffer or known[1] != buffer._version
+    def _live(self) -> dict[tuple[str, str], Tensor]:
+        training = ((name, module) for name, module in self.module.named_modules() if module.training)
+        return {
+            (name, key): local(buffer)
+            for name, module in training
+            for key, buffer in module.named_buffers(recurse=False)
+        }
 
 
 def _copy(x: Any) -> Any:

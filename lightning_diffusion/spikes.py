@@ -169,13 +169,15 @@ class SpikeMonitor:
         self.series: dict[str, Series] = {}
         self.in_a_row, self.debt = 0, 0.0
 
-    def judge(self, values: Mapping[str, float]) -> tuple[Action, tuple[Spike, ...]]:
-        """What to do with a step that has these values; they are remembered if it is taken."""
+    def judge(self, values: Mapping[str, float], counts: bool = True) -> tuple[Action, tuple[Spike, ...]]:
+        """What to do with a step that has these values; they are remembered if it is taken and `counts`."""
         for name in values.keys() - self.series.keys():
             self.series[name] = Series(self.rule)
         known = ((name, value, self.series[name]) for name, value in values.items())
         spikes = tuple(Spike(name, x, series.median) for name, x, series in known if series.is_spike(x))
-        return (self._refuse() if spikes else self._accept(values)), spikes
+        if spikes:
+            return self._refuse(), spikes
+        return (self._accept(values) if counts else Action.TAKE), ()
 
     def _accept(self, values: Mapping[str, float]) -> Action:
         for name, value in values.items():

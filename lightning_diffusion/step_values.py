@@ -30,14 +30,13 @@ class StepValues:
     def forget(self) -> None:
         """A new step begins."""
         self._losses: list[Tensor] = []
-        self._indices: list[int] = []
+        self._indices: list[Any] = []
         self._report: Report | None = None
 
     def add_batch(self, batch: Any) -> None:
         """A micro-batch; indices are what a dict holds as "index"."""
         if isinstance(batch, Mapping) and "index" in batch:
-            found = batch["index"]
-            self._indices += found.flatten().tolist() if isinstance(found, Tensor) else list(found)
+            self._indices.append(batch["index"])
 
     def add_loss(self, loss: Tensor) -> None:
         """The loss () on which backward is called."""
@@ -67,11 +66,12 @@ class StepValues:
 
     @property
     def indices(self) -> list[int]:
-        """Of this process's samples, those of large losses first where losses of samples are known."""
-        if self._report is None or len(self._report.per_sample) != len(self._indices):
-            return self._indices
+        """Of this process's samples, those of large losses first where these are known; waits for the device."""
+        found = [int(i) for part in self._indices for i in torch.as_tensor(part).flatten()]
+        if self._report is None or len(self._report.per_sample) != len(found):
+            return found
         losses = self._report.per_sample.nan_to_num(nan=math.inf)
-        return [self._indices[i] for i in losses.argsort(descending=True, stable=True).tolist()]
+        return [found[i] for i in losses.argsort(descending=True, stable=True).tolist()]
 
 
 def band_sums(per_sample: Tensor, log_snr: Tensor, edges: Tensor) -> Tensor:
