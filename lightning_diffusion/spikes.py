@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 NORMAL = 1.4826  # deviation of a normal distribution by its median absolute deviation
 BAND_EDGES = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # log-SNR
-RELIEF = 0.1  # of a skipped step's weight is forgotten with every step that is taken
+RELIEF = 10  # steps that are taken make up for one that is not
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class SpikeMonitor:
     def __init__(self, rule: SpikeRule) -> None:
         self.rule = rule
         self.series: dict[str, Series] = {}
-        self.in_a_row, self.debt = 0, 0.0
+        self.in_a_row, self.debt = 0, 0
 
     def judge(self, values: Mapping[str, float], counts: bool = True) -> tuple[Action, tuple[Spike, ...]]:
         """What to do with a step that has these values; they are remembered if it is taken and `counts`."""
@@ -182,12 +182,12 @@ class SpikeMonitor:
     def _accept(self, values: Mapping[str, float]) -> Action:
         for name, value in values.items():
             self.series[name].add(value)
-        self.in_a_row, self.debt = 0, max(self.debt - RELIEF, 0.0)
+        self.in_a_row, self.debt = 0, max(self.debt - 1, 0)
         return Action.TAKE
 
     def _refuse(self) -> Action:
-        self.in_a_row, self.debt = self.in_a_row + 1, self.debt + 1
-        if self.debt >= self.rule.give_up_after:
+        self.in_a_row, self.debt = self.in_a_row + 1, self.debt + RELIEF
+        if self.debt >= RELIEF * self.rule.give_up_after:
             return Action.GIVE_UP
         if self.in_a_row < self.rule.rollback_after:
             return Action.SKIP
