@@ -1,6 +1,6 @@
 """What does a fault in the midst of a training cost, with and without SpikeGuard?
 
-    OMP_NUM_THREADS=1 python benchmarks/faults.py [--steps 600] [--seeds 3]
+    OMP_NUM_THREADS=1 python benchmarks/faults.py [--steps 800] [--seeds 3]
 
 A small U-Net learns the digits, three seeds. Each fault strikes a plain and a guarded run at the same step; the
 validation loss of the averaged weights at the end, on always the same levels and noise, is divided by that of the
@@ -131,7 +131,7 @@ def told(ends: list[End], undisturbed: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -107,8 +107,9 @@ class Recorder:
             self._take()
 
     def _rewind(self) -> None:
+        """Seen after the first step anew at the latest: that one's snapshot may be an old one, too."""
         self.flush()
-        self._last = self.averages.steps
+        self._last = self.averages.steps - 1
         if self.writes:
             remove_after(self.place.folder, self._last)
 

@@ -127,6 +127,9 @@ PURE = [
     "gradients",
     "step_gradients",
     "delicate_layers",
+    "spikes",
+    "step_values",
+    "rollback",
 ]
 
 

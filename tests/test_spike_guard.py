@@ -9,12 +9,14 @@ import pytest
 import torch
 from clipped import float16
 from guarded import EAGER, Poison, Regression, assert_same, batches, everything, spoilt, train
+from safetensors.torch import load_file
 from sync_counter import SyncCounter
 from torch.utils.data import IterableDataset
 
-from lightning_diffusion.callbacks import EMA, GradientClipping, GradientSanitizer, SpikeGuard
+from lightning_diffusion.callbacks import EMA, GradientClipping, GradientSanitizer, PostHocEMA, SpikeGuard
 from lightning_diffusion.cli import main
 from lightning_diffusion.gradients import GlobalNorm
+from lightning_diffusion.snapshots import list_snapshots
 from lightning_diffusion.spikes import Action, SpikeRule
 
 pytestmark = pytest.mark.filterwarnings("ignore:SpikeGuard. Step")
@@ -93,6 +95,25 @@ def test_a_rolled_back_run_is_one_that_was_stopped_and_resumed_with_the_next_bat
     )
     assert resumed.global_step == 20 + 23
     assert_same(everything(found), everything(resumed))
+
+
+@pytest.mark.parametrize("guard_first", [False, True])
+@pytest.mark.parametrize("to_step", [20, 23])
+def test_snapshots_of_steps_that_were_taken_back_are_written_anew(tmp_path, guard_first, to_step):
+    """Every eighth average: 24 and 32 are of weights that have been put back."""
+
+    def ema(name):
+        return PostHocEMA(every_n_steps=8, directory=tmp_path / name)
+
+    data, guard = batches(60), SpikeGuard(EAGER, snapshot_every_n_steps=to_step)
+    callbacks = [guard, ema("rolled back")] if guard_first else [ema("rolled back"), guard]
+    train(Regression(), data, *callbacks, Poison(37))
+    train(Regression(), data[:to_step] + data[40:], ema("expected"))
+    assert guard.events[-1].to_step == to_step
+    found, expected = (list_snapshots(tmp_path / name) for name in ("rolled back", "expected"))
+    assert [s.step for s in found] == [s.step for s in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert_same(load_file(a.path), load_file(b.path))
 
 
 def test_the_scale_of_losses_is_put_back_too():
