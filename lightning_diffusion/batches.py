@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from lightning_diffusion.resume import RandomKey
 
@@ -44,6 +45,22 @@ class Repeatable(Iterable[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         return self._start()
+
+
+def every_sample(loader: Any) -> Iterator[Any]:
+    """Batches of each sample of a loader's dataset once, in order, whatever the order of the loader.
+
+    Raises:
+        ValueError: if the loader does not deal out the whole dataset, each sample equally often.
+    """
+    sampler = getattr(loader, "sampler", None)
+    whole = isinstance(sampler, (RandomSampler, SequentialSampler, DistributedSampler))
+    if not whole or getattr(sampler, "replacement", False) or loader.batch_size is None:
+        raise ValueError(
+            f"Found a loader with {type(sampler).__name__}; expected one that deals out its whole dataset, each sample "
+            "equally often, as reference_size takes all of it. Use StableTarget(extra=...), which needs only the batch."
+        )
+    return iter(DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn))
 
 
 def declared_conditions(network: nn.Module) -> set[str]:

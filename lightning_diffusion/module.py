@@ -12,10 +12,16 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_diffusion.averaging import averages_in
-from lightning_diffusion.batches import LABEL, Repeatable, declared_conditions, drop_labels, unpack
+from lightning_diffusion.batches import (
+    LABEL,
+    Repeatable,
+    declared_conditions,
+    drop_labels,
+    every_sample,
+    unpack,
+)
 from lightning_diffusion.checks import check_encoded, check_images
 from lightning_diffusion.drawing import Drawing
 from lightning_diffusion.learning_rates import LearningRate, TakenStepsLR, WarmupConstant
@@ -245,8 +251,7 @@ class DiffusionModule(Drawing, L.LightningModule):
 
     def _training_set(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Every training sample once, encoded, with its label."""
-        loader = self._own_train_loader()
-        for batch in DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn):
+        for batch in every_sample(self._own_train_loader()):
             images, condition = unpack(batch)
             label = condition[LABEL].to(self.device) if LABEL in condition else None
             yield self.representation.encode(images.to(self.device)), label

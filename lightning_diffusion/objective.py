@@ -83,14 +83,17 @@ class DiffusionObjective(Recorded, nn.Module):
     def loss(
         self, network: nn.Module, x0: Tensor, condition: Condition | None = None, key: RandomKey | None = None
     ) -> Report:
-        """Draw levels and noise and measure the weighted error of the network. `key` says where in the run."""
+        """Draw levels and noise and measure the weighted error of the network.
+
+        `key` says where in the run, so that it can be resumed; without one, torch's global generator decides.
+        """
         references = None
         if self.stable_target is not None and self.training:
             null = getattr(network, "num_classes", None)
             references = self.stable_target.references(at_least_float32(x0), condition or {}, null)
             x0 = self.stable_target.trained(x0)
             condition = {name: self.stable_target.trained(c) for name, c in (condition or {}).items()}
-        key = key or RandomKey()
+        key = key or RandomKey(epoch=int(torch.randint(2**62, ())))
         level, noise = self.draw(x0, key)
         report = self.loss_at(network, x0, noise, level, condition, references)
         if self.density.learns and self.training and torch.is_grad_enabled():

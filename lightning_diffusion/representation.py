@@ -42,7 +42,7 @@ class Representation(Recorded, nn.Module, ABC):
         """What was sampled to images (B, C, H, W)."""
 
     def hold(self, x: Tensor) -> Tensor:
-        """A guess of clean data moved to the nearest that can be: E[x_0 | x_t] is never outside. By default as it is."""
+        """A guess of clean data moved to the nearest that can be (E[x_0 | x_t] is never outside); by default not."""
         return x
 
     @property

@@ -185,16 +185,16 @@ class DiscreteSchedule(VariancePreserving):
         return (t * self.num_steps).long().clamp(0, self.num_steps - 1)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        return self.log_snrs.to(t.device)[self.index(t)]
+        return self.log_snrs.to(t.device, non_blocking=True)[self.index(t)]
 
     def time(self, log_snr: Tensor) -> Tensor:
-        finite = self.log_snrs.clamp(min=-1e3).to(log_snr)
+        finite = self.log_snrs.clamp(min=-1e3).to(log_snr, non_blocking=True)
         entry = torch.searchsorted(-(finite[:-1] + finite[1:]) / 2, -log_snr)
         return (entry.to(log_snr) + 0.5) / self.num_steps
 
     def uniform_log_prob(self, log_snr: Tensor) -> Tensor:
         """Each entry's mass 1/T spread over its cell, which reaches half-way to its neighbours."""
-        finite = self.log_snrs[: self.num_steps - self.reaches_zero_snr].to(log_snr)
+        finite = self.log_snrs[: self.num_steps - self.reaches_zero_snr].to(log_snr, non_blocking=True)
         gaps = finite[:-1] - finite[1:]
         cells = torch.cat([gaps[:1], gaps[:-1] + gaps[1:], gaps[-1:]]) / 2
         borders = (finite[:-1] + finite[1:]) / 2

@@ -12,7 +12,8 @@ With r = alpha / sigma the exponent is, up to a constant, (r^2 x_0 + r eps) . x_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ SAME = 1e-5
 """Two samples are one if |x_i - x_j|^2 is below this share of |x_i|^2 + |x_j|^2: float32 cannot tell them apart."""
 
 LARGEST_RATIO = 1e4
-"""Where alpha / sigma is more, x_0 itself is the target: no other sample has any weight by then."""
+"""Where alpha / sigma is more, x_0 itself is the target, as wherever no other sample has any weight."""
 
 
 class References(NamedTuple):
@@ -153,19 +154,36 @@ def _posterior(
 ) -> tuple[Tensor, Tensor]:
     x, eps, refs = x0.flatten(1), noise.flatten(1), references.x0.flatten(1)
     r = (level.alpha / level.sigma)[:, None]
-    with torch.autocast(x.device.type, enabled=False):
-        near = r.clamp(max=LARGEST_RATIO)
+    near = r.clamp(max=LARGEST_RATIO)
+    with exact_products(x.device.type):
         logits = (near * (near * x + eps)) @ refs.T
-        logits = logits.addcmul_(near**2, refs.square().sum(1), value=-0.5)
+        logits = logits.addcmul_(near**2, torch.linalg.vector_norm(refs, dim=1) ** 2, value=-0.5)
         logits = logits if forbidden is None else logits.masked_fill_(forbidden, -torch.inf)
-        shift = (logits.softmax(1) @ refs - x).masked_fill(r > LARGEST_RATIO, 0.0)
+        weights = logits.softmax(1)
+        alone = (weights.amax(1, keepdim=True) == 1) | (r > LARGEST_RATIO)
+        shift = (weights @ refs - x).masked_fill(alone, 0.0)
     return (x + shift).view_as(x0), (eps - near * shift).view_as(x0)
+
+
+@contextmanager
+def exact_products(device_type: str) -> Iterator[None]:
+    """Matrix products in the full precision of their operands: neither autocast nor TensorFloat-32."""
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)
 
 
 def _same(x: Tensor, references: Tensor) -> Tensor:
     """Which of references (N, D) are the samples x (B, D), shape (B, N)."""
     sizes = x.square().sum(1, keepdim=True) + references.square().sum(1)
-    return sizes - 2 * x @ references.T <= SAME * sizes
+    with exact_products(x.device.type):
+        return sizes - 2 * x @ references.T <= SAME * sizes
 
 
 def _check_size(found: int, reference_size: int) -> None:

@@ -49,7 +49,7 @@ class TabulatedDensity(Density):
         return f"TabulatedDensity({len(self.log_snr)} knots from {self.log_snr[0]:.4g} to {self.log_snr[-1]:.4g})"
 
     def quantile(self, u: Tensor, schedule: Schedule) -> Tensor:
-        knots, log_height, slope, mass = (part.to(u.device) for part in self._pieces)
+        knots, log_height, slope, mass = (part.to(u.device, non_blocking=True) for part in self._pieces)
         below = mass.cumsum(0)
         target = (1 - u.to(mass)) * below[-1]
         k = torch.searchsorted(below[:-1].contiguous(), target, right=True)
@@ -57,7 +57,7 @@ class TabulatedDensity(Density):
         return (knots[k] + _inverse_growth(rest, slope[k])).clamp(knots[0], knots[-1])
 
     def log_prob(self, log_snr: Tensor, schedule: Schedule) -> Tensor:
-        knots, log_height, slope, mass = (part.to(log_snr) for part in self._pieces)
+        knots, log_height, slope, mass = (part.to(log_snr, non_blocking=True) for part in self._pieces)
         k = torch.searchsorted(knots[1:-1].contiguous(), log_snr.contiguous())
         log_prob = log_height[k] + slope[k] * (log_snr - knots[k]) - mass.sum().log()
         return log_prob.where((log_snr >= knots[0]) & (log_snr <= knots[-1]), -math.inf)
@@ -106,7 +106,7 @@ class TabulatedTime(TimeDensity):
         return f"TabulatedTime({len(self.shares)} parts)"
 
     def time_quantile(self, u: Tensor) -> Tensor:
-        mass = self._mass.to(u.device)
+        mass = self._mass.to(u.device, non_blocking=True)
         below = mass.cumsum(0)
         target = u.to(mass) * below[-1]
         k = torch.searchsorted(below[:-1].contiguous(), target, right=True)
@@ -114,7 +114,7 @@ class TabulatedTime(TimeDensity):
         return (k + inside.clamp(0, 1 - 1e-9)) / len(mass)
 
     def time_log_prob(self, t: Tensor) -> Tensor:
-        mass = self._mass.to(t)
+        mass = self._mass.to(t, non_blocking=True)
         k = (t * len(mass)).long().clamp(0, len(mass) - 1)
         return mass[k].log() + math.log(len(mass))
 

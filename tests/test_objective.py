@@ -143,12 +143,23 @@ def test_edm_weight_counts_data_errors_by_snr_plus_precision(target):
 def test_arithmetic_is_float32_whatever_the_autocast(autocast):
     """A network that autocast does not touch gives the same loss to the bit."""
     x0 = torch.randn(8, 3, generator=torch.Generator().manual_seed(7))
-    plain = ld.EDM().loss(Scaled().float(), x0)
+    key = ld.RandomKey(1)
+    plain = ld.EDM().loss(Scaled().float(), x0, key=key)
     with torch.autocast("cpu", autocast):
-        cast = ld.EDM().loss(Scaled().float(), x0)
-        halved = ld.EDM().loss(Scaled().float(), x0.to(autocast))
+        cast = ld.EDM().loss(Scaled().float(), x0, key=key)
+        halved = ld.EDM().loss(Scaled().float(), x0.to(autocast), key=key)
     assert torch.equal(plain.per_sample, cast.per_sample)
     assert halved.per_sample.dtype == halved.level.sigma.dtype == torch.float32
+
+
+def test_without_a_key_every_call_draws_anew():
+    """As in a loop of one's own; torch's seed decides."""
+    torch.manual_seed(3)
+    first, second = (ld.EDM().loss(Scaled().float(), torch.ones(8, 3)) for _ in "ab")
+    torch.manual_seed(3)
+    again = ld.EDM().loss(Scaled().float(), torch.ones(8, 3))
+    assert not torch.equal(first.level.sigma, second.level.sigma)
+    assert torch.equal(first.per_sample, again.per_sample)
 
 
 def test_low_precision_network_keeps_levels_and_noise_in_float32():

@@ -10,7 +10,13 @@ from foreign import QUIET
 from small_module import fit, module
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import lightning_diffusion as ld
 from lightning_diffusion.analysis.information import GaussianMixture
@@ -61,10 +67,13 @@ def test_the_target_is_unbiased_for_every_number_of_references(size):
 
 
 def test_references_without_the_true_sample_would_be_biased():
-    """What `check` refuses: two references that lack x_0 pull the target far away."""
-    level = NoiseLevel(torch.ones(1).double(), torch.full((1,), 0.1).double())
-    x_bar, _ = targets(POINTS[:1], draws(1), level, References(POINTS[1:3]))
-    assert (x_bar - POINTS[0]).norm() > 0.5
+    """What `check` refuses: a target from two samples that lack x_0 is not that of three with it."""
+    level = NoiseLevel(torch.ones(1).double(), torch.full((1,), 2.0).double())
+    lacking, holding = (
+        targets(POINTS[:1], draws(1), level, References(references))[0]
+        for references in (POINTS[1:3], POINTS[:3])
+    )
+    assert (lacking - holding).norm() > 0.3
 
 
 @pytest.mark.parametrize("dimensions", [2, 64])
@@ -183,6 +192,33 @@ def test_augmented_data_are_refused():
 
     data = DataLoader(Flipped(images), batch_size=16)
     with pytest.raises(ValueError, match=r"training samples that are not among the references.*augmented"):
+        L.Trainer(**{**QUIET, "max_steps": 2, "enable_checkpointing": False}).fit(
+            stable_module(reference_size=64), data
+        )
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_the_own_sample_is_found_in_any_precision(precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert fit(stable_module(reference_size=2000), precision=precision).global_step == 3
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [SubsetRandomSampler(range(32)), WeightedRandomSampler([1.0] * 64, 64), RandomSampler(range(64), True)],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_loaders_of_a_part_or_of_repeated_samples_are_refused(sampler):
+    images = torch.rand(64, 1, 8, 8) * 2 - 1
+    data = DataLoader(TensorDataset(images, torch.zeros(64).long()), batch_size=16, sampler=sampler)
+    with pytest.raises(
+        ValueError, match=r"Sampler; expected one that deals out its whole dataset.*extra=..."
+    ):
         L.Trainer(**{**QUIET, "max_steps": 2, "enable_checkpointing": False}).fit(
             stable_module(reference_size=64), data
         )
