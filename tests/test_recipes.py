@@ -26,6 +26,7 @@ SMALL = (
 OBJECTIVES = {
     "ddpm": ld.DDPM(),
     "edm": ld.EDM(),
+    "edm2": ld.EDM2(),
     "improved_ddpm": ld.DDPM(schedule=ld.CosineSchedule()),
     "min_snr_epsilon": ld.DDPM(schedule=ld.CosineSchedule(), weighting=ld.MinSNR(5.0)),
     "min_snr_v": ld.VPrediction(weighting=ld.MinSNR(5.0)),
@@ -36,9 +37,19 @@ OBJECTIVES = {
 }
 
 
+AXIS = torch.linspace(-7, 7, 57, dtype=torch.float64)
+CURVES = {
+    "edm_stable_target": (0.5, torch.exp(-((AXIS - 2.4) ** 2) / (2 * 2.4**2))),
+    "latent_diffusion": (1.0, None),
+    "score_matching": (0.5, (AXIS + 2 * math.log(0.5)).sigmoid()),
+    "vdm_plus_plus": (1.0, AXIS.sigmoid() * (2 - AXIS).sigmoid()),
+}
+"""sigma_data, and the effective weight on the residual, up to a factor, by the formula of each paper: Karras et al.'s
+log-normal; epsilon errors alike on a geometric range of sigma; sigmoid(2 - log-SNR) on epsilon."""
+
+
 def test_all_fourteen_recipes_are_there():
-    others = {"edm2", "edm_stable_target", "latent_diffusion", "score_matching", "vdm_plus_plus"}
-    assert {recipe.stem for recipe in RECIPES} == set(OBJECTIVES) | others
+    assert {recipe.stem for recipe in RECIPES} == set(OBJECTIVES) | set(CURVES)
 
 
 def train(recipe):
@@ -63,6 +74,18 @@ def test_every_recipe_trains_as_its_first_line_says(recipe, folder):
     assert all(map(math.isfinite, losses))
     if recipe.stem in OBJECTIVES:
         assert_same_training(loaded.objective, OBJECTIVES[recipe.stem])
+    else:
+        assert_same_curve(loaded.objective, *CURVES[recipe.stem])
+
+
+def assert_same_curve(objective, sigma_data, expected):
+    assert objective.sigma_data == sigma_data
+    weight = objective.effective_weight(AXIS)
+    expected = ld.DDPM(ld.ScaledLinearSchedule()).effective_weight(AXIS) if expected is None else expected
+    inside = weight > 0
+    ratio = (weight / expected)[inside]
+    assert inside.sum() > 40
+    assert ratio.std() / ratio.mean() < 1e-5
 
 
 def assert_same_training(objective, expected):
