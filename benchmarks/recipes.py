@@ -32,7 +32,7 @@ import jsonargparse
 import numpy as np
 import torch
 import yaml
-from digits_quality import Reference, grey_levels
+from digits_quality import COMPONENTS, Reference, grey_levels
 from lightning.pytorch import seed_everything
 from mixture_excess import BOUNDS, LOG_SNR, excess, mixture_of, train
 from torch import Tensor
@@ -60,6 +60,8 @@ def train_digits(recipe: str, seed: int) -> ld.DiffusionModule:
         ]  # fmt: skip
         command = [sys.executable, "-m", "lightning_diffusion", "fit", *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if (found := torch.load(checkpoint, weights_only=True)["global_step"]) != STEPS:
+        raise SystemExit(f"{checkpoint} stopped at step {found} of {STEPS}: remove its run folder.")
     return ld.DiffusionModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
 
 
@@ -93,8 +95,7 @@ def losses(module: ld.DiffusionModule) -> dict[str, float]:
 
 
 def run_digits(path: Path, only: list[str], seeds: list[int]) -> None:
-    images, labels, held_out = load_digits(DigitsDataModule().held_out)
-    real = Reference(grey_levels(images), labels, held_out)
+    real = reference()
     done = {(row["recipe"], int(row["seed"])) for row in rows(path)}
     for seed in seeds:
         for recipe in only:
@@ -206,31 +207,68 @@ def column(found: list[dict[str, str]], name: str, **where: str) -> list[float]:
     return [float(row[name]) for row in found if all(row[key] == value for key, value in where.items())]
 
 
-def mean_and_spread(values: list[float], digits: int = 2) -> str:
+def mean_and_spread(values: list[float], digits: int) -> str:
     """Mean, and half the range over seeds."""
-    return f"{np.mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
+    spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}" if values else ""
+
+
+def sampler_alone(recipe: str, real: Reference) -> float:
+    """The Frechet distance that the sampler has with the exact denoiser of Gaussian data of the digits' moments."""
+    objective = objective_of(recipe)
+    deviation = torch.linalg.svdvals(real.features - real.mean) / len(real.features) ** 0.5
+    scale = objective.sigma_data / real.features.std()
+    std = (deviation * scale).clamp(min=1e-6)
+
+    def denoise(x_t: Tensor, level: ld.NoiseLevel) -> Tensor:
+        alpha, sigma = level.alpha[:, None], level.sigma[:, None]
+        return alpha * std**2 / (alpha**2 * std**2 + sigma**2) * x_t
+
+    drawn = ld.Heun()(denoise, torch.ones(1, len(std), dtype=torch.float64), objective.schedule)[0]
+    distance = ((drawn.abs() - std) / scale)[:COMPONENTS].square().sum()
+    return distance.item() / real.fresh_distance(len(real.features))
+
+
+def bin_cells(recipe: str, own: list[dict[str, str]], bins: list[str]) -> list[str]:
+    """Loss per bin; in brackets where the recipe's schedule does not reach. Whitened latents are another space."""
+    if recipe == "latent_diffusion":
+        return [""] * len(bins)
+    objective = objective_of(recipe)
+    ends = objective.schedule.log_snr(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    low, high = (ends + 2 * math.log(objective.sigma_data)).tolist()
+    reached = [start >= low - 0.5 and end <= high + 0.5 for start, end in itertools.pairwise(BIN_EDGES)]
+    losses = [f"{np.mean(column(own, name)):.3f}" for name in bins]
+    return [loss if inside else f"({loss})" for loss, inside in zip(losses, reached, strict=True)]
 
 
 def table(folder: Path) -> Iterator[str]:
     """Markdown, best Frechet distance first."""
-    found = rows(folder / "recipes_digits.csv")
+    found, mixtures = rows(folder / "recipes_digits.csv"), rows(folder / "recipes_mixtures.csv")
     times = {row["recipe"]: float(row["time over edm"]) for row in rows(folder / "recipes_time.csv")}
-    mixtures = rows(folder / "recipes_mixtures.csv")
     bins = [name for name in found[0] if name.startswith("loss")]
-    yield "| recipe | Frechet | accuracy | " + " | ".join(bins) + " | excess 2-D | excess 64-D | time |"
-    yield "|" + "---|" * (6 + len(bins))
     own = {name: [row for row in found if row["recipe"] == name] for name in {row["recipe"] for row in found}}
-    for recipe in sorted(own, key=lambda name: np.mean([float(row["frechet"]) for row in own[name]])):
-        cells = [
-            mean_and_spread([float(row[name]) for row in own[recipe]], 3) for name in ("frechet", "accuracy")
-        ]
-        cells += [f"{np.mean([float(row[name]) for row in own[recipe]]):.3f}" for name in bins]
+    real = reference()
+    yield "| recipe | Frechet | sampler alone | accuracy | excess 2-D | excess 64-D | time |"
+    yield "|" + "---|" * 7
+    order = sorted(own, key=lambda name: np.mean(column(own[name], "frechet")))
+    for recipe in order:
+        latent = recipe == "latent_diffusion"
+        cells = [mean_and_spread(column(own[recipe], "frechet"), 2)]
+        cells.append("" if latent else f"{sampler_alone(recipe, real):.2f}")
+        cells.append(mean_and_spread(column(own[recipe], "accuracy"), 3))
         for dimensions in ("2", "64"):
-            values = [
-                float(r["excess"]) for r in mixtures if (r["recipe"], r["dimensions"]) == (recipe, dimensions)
-            ]
-            cells.append(mean_and_spread(values, 4) if values else "")
-        yield f"| {recipe} | " + " | ".join(cells) + f" | {times.get(recipe, math.nan):.3f} |"
+            cells.append(mean_and_spread(column(mixtures, "excess", recipe=recipe, dimensions=dimensions), 4))
+        yield f"| {recipe} | " + " | ".join(cells) + f" | {'' if latent else f'{times[recipe]:.2f}'} |"
+    yield ""
+    yield "| loss in bins of log-SNR | " + " | ".join(name.removeprefix("loss ") for name in bins) + " |"
+    yield "|" + "---|" * (1 + len(bins))
+    for recipe in order:
+        yield f"| {recipe} | " + " | ".join(bin_cells(recipe, own[recipe], bins)) + " |"
+
+
+def reference() -> Reference:
+    images, labels, held_out = load_digits(DigitsDataModule().held_out)
+    return Reference(grey_levels(images), labels, held_out)
 
 
 def main() -> None:
