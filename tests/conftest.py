@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401  (sets the levels of its loggers)
 import pytest
 from commands import write_config
 
@@ -18,6 +19,16 @@ KEPT = (
     "LIGHTNING_DIFFUSION_RUN_FOLDER",
     "JSONARGPARSE_DEPRECATION_WARNINGS",
 )
+
+QUIETENED = ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+LEVELS = {name: logging.getLogger(name).level for name in QUIETENED}
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were():
+    """Fixtures of modules and of the session run commands, which quieten loggers, before a test of its own begins."""
+    for name, level in LEVELS.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture
