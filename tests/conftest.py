@@ -22,13 +22,16 @@ KEPT = (
 
 QUIETENED = ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
 LEVELS = {name: logging.getLogger(name).level for name in QUIETENED}
+VARIABLES = {name: os.environ.get(name) for name in KEPT}
 
 
 @pytest.fixture(autouse=True)
-def loggers_as_they_were():
-    """Fixtures of modules and of the session run commands, which quieten loggers, before a test of its own begins."""
+def process_as_it_began():
+    """Fixtures of modules and of the session run commands, which set the seed and quieten loggers, before a test."""
     for name, level in LEVELS.items():
         logging.getLogger(name).setLevel(level)
+    for name, value in VARIABLES.items():
+        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
 @pytest.fixture
