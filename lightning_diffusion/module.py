@@ -76,7 +76,7 @@ class DiffusionModule(Drawing, L.LightningModule):
         self.label_dropout = label_dropout
         self.averages: dict[str, dict[str, Tensor]] = {}
         self._reports: list[Report] = []
-        self._losses: list[Tensor] = []
+        self._loss_sum, self._loss_count = torch.zeros(()), 0
         self._checked: set[str] = set()
         self.save_hyperparameters(self._recorded_parts())
 
@@ -235,11 +235,12 @@ class DiffusionModule(Drawing, L.LightningModule):
         if starts_step:
             self._reports.clear()
         if starts_step and self.trainer.global_step % self._log_every == 0:
-            self._losses.clear()
+            self._loss_count = 0
         self._reports.append(report)
-        self._losses.append(report.loss)
+        self._loss_sum = self._loss_sum + report.loss if self._loss_count else report.loss
+        self._loss_count += 1
         if self._logs_this_step:
-            self.log("train/loss", torch.stack(self._losses).mean(), sync_dist=True, prog_bar=True)
+            self.log("train/loss", self._loss_sum / self._loss_count, sync_dist=True, prog_bar=True)
 
     def _training_images(self) -> Iterable[Tensor]:
         """Images of the training batches; can be gone through again."""

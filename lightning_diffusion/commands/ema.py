@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_diffusion.commands.errors import suggestion
-from lightning_diffusion.commands.parser import Parser
+from lightning_diffusion.commands.parser import Parser, run_action
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,14 +35,7 @@ lightning-diffusion ema ACTION --help tells the options of each."""
 
 def run(command: str, arguments: list[str]) -> int:
     """Do what the first word says."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP)
-        return 0
-    action, *rest = arguments
-    if action not in _ACTIONS:
-        raise ValueError(f"there is no `ema {action}`{suggestion(action, _ACTIONS)} See ema --help")
-    _ACTIONS[action](rest)
-    return 0
+    return run_action("ema", arguments, _ACTIONS, HELP)
 
 
 def _list(arguments: list[str]) -> None:

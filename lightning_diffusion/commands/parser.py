@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from lightning_diffusion.commands.errors import UnknownOptionError
+from lightning_diffusion.commands.errors import UnknownOptionError, suggestion
+
+Action = Callable[[list[str]], None]
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,3 +38,17 @@ class Parser(argparse.ArgumentParser):
             if option not in self._option_string_actions:
                 raise UnknownOptionError(option, self._option_string_actions)
         return self.parse_args(arguments)
+
+
+def run_action(command: str, arguments: list[str], actions: Mapping[str, Action], help_page: str) -> int:
+    """Do what the first word says; without one, or with --help, print the page."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(help_page)
+        return 0
+    action, *rest = arguments
+    if action not in actions:
+        raise ValueError(
+            f"there is no `{command} {action}`{suggestion(action, actions)} See {command} --help"
+        )
+    actions[action](rest)
+    return 0

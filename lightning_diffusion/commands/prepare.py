@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_diffusion.commands.errors import suggestion
-from lightning_diffusion.commands.parser import Parser
+from lightning_diffusion.commands.parser import Parser, run_action
 
 HELP = """\
 usage: lightning-diffusion prepare latents --config FILE --out FOLDER [--KEY VALUE ...]
@@ -28,14 +27,7 @@ configurations:
 
 def run(command: str, arguments: list[str]) -> int:
     """Do what the first word says."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP)
-        return 0
-    action, *rest = arguments
-    if action not in _ACTIONS:
-        raise ValueError(f"there is no `prepare {action}`{suggestion(action, _ACTIONS)} See prepare --help")
-    _ACTIONS[action](rest)
-    return 0
+    return run_action("prepare", arguments, _ACTIONS, HELP)
 
 
 def _latents(arguments: list[str]) -> None:
