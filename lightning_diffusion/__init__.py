@@ -72,7 +72,7 @@ _PUBLIC = {
         "WarmupInverseSquareRoot",
         "WarmupLinear",
     ],
-    "sampling": ["DDIM", "Ancestral", "Churn", "Euler", "Heun", "Sampler"],
+    "sampling": ["DDIM", "Ancestral", "Churn", "DPMSolver2M", "Euler", "Heun", "Sampler"],
     "guidance": ["ClassifierFree", "Guidance"],
     "module": ["DiffusionModule"],
     "loss_scaling": ["LossScaling"],

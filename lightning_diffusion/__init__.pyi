@@ -77,6 +77,7 @@ from lightning_diffusion.resume import ResumableSampler as ResumableSampler
 from lightning_diffusion.sampling import Ancestral as Ancestral
 from lightning_diffusion.sampling import Churn as Churn
 from lightning_diffusion.sampling import DDIM as DDIM
+from lightning_diffusion.sampling import DPMSolver2M as DPMSolver2M
 from lightning_diffusion.sampling import Euler as Euler
 from lightning_diffusion.sampling import Heun as Heun
 from lightning_diffusion.sampling import Sampler as Sampler

@@ -75,6 +75,7 @@ SAMPLERS = [
     ld.Euler(12),
     ld.Heun(12),
     ld.Heun(12, churn=ld.Churn(amount=5.0)),
+    ld.DPMSolver2M(12),
     ld.DDIM(12),
     ld.DDIM(12, eta=0.5),
     ld.Ancestral(12),

@@ -30,7 +30,13 @@ MEAN, STD = torch.tensor([0.6, -0.4, 0.1]).double(), torch.tensor([0.5, 0.2, 0.9
 
 
 @pytest.mark.parametrize(
-    ("sampler", "name"), [(ld.Euler(12), "euler"), (ld.Heun(12), "heun"), (ld.DDIM(12), "euler")]
+    ("sampler", "name"),
+    [
+        (ld.Euler(12), "euler"),
+        (ld.Heun(12), "heun"),
+        (ld.DDIM(12), "euler"),
+        (ld.DPMSolver2M(12), "dpmpp_2m"),
+    ],
 )
 def test_trajectories_agree_with_reference(sampler, name):
     start = torch.tensor(REFERENCE["start"], dtype=torch.float64)
@@ -54,6 +60,7 @@ FINE = [
     ld.Euler(1000),
     ld.Heun(500),
     ld.Heun(500, churn=ld.Churn(amount=20.0)),
+    ld.DPMSolver2M(500),
     ld.DDIM(1000, eta=0.7),
     ld.Ancestral(1000),
 ]
@@ -69,23 +76,37 @@ def test_gaussian_data_come_out_with_their_mean_and_deviation(sampler, schedule)
     assert_close(drawn.std(0), STD, rtol=0.03, atol=0)
 
 
-@pytest.mark.parametrize("schedule", [SCHEDULES[0], SCHEDULES[2], ld.FlowSchedule()], ids=repr)
-def test_heun_is_of_second_order(schedule):
-    """Halving the steps of a smooth problem divides Euler's error by 2 and Heun's by 4, from some step on."""
+def errors_in_the_middle(kind, schedule, log_snr_between):
+    """At 40 and at 80 steps, on the smooth middle of the process only, so that the order shows."""
     noise = torch.randn(64, 3, generator=torch.Generator().manual_seed(4)).double()
 
     class Middle(type(schedule)):
-        """Only the smooth middle of the process, so that the order shows."""
-
         def sampling_levels(self, num_steps):
-            log_snr = torch.linspace(-3, 3, num_steps + 1, dtype=torch.float64)
-            return self.at(log_snr)
+            return self.at(log_snr_between(torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)))
 
     draw = lambda sampler: sampler(gaussian_denoiser(MEAN, STD), noise, Middle())  # noqa: E731
     exact = draw(ld.Heun(1000))
-    errors = {kind: [(draw(kind(n)) - exact).norm().item() for n in (40, 80)] for kind in (ld.Euler, ld.Heun)}
-    assert errors[ld.Euler][0] / errors[ld.Euler][1] == pytest.approx(2, rel=0.1)
-    assert errors[ld.Heun][0] / errors[ld.Heun][1] == pytest.approx(4, rel=0.1)
+    return [(draw(kind(n)) - exact).norm().item() for n in (40, 80)]
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULES[0], SCHEDULES[2], ld.FlowSchedule()], ids=repr)
+@pytest.mark.parametrize(("kind", "order"), [(ld.Euler, 1), (ld.Heun, 2), (ld.DPMSolver2M, 2)])
+@pytest.mark.parametrize("shape", [lambda u: 6 * u - 3, lambda u: 6 * u**1.5 - 3], ids=["even", "uneven"])
+def test_halving_the_steps_divides_the_error_by_two_to_the_order(schedule, kind, order, shape):
+    """On a smooth problem, from some step on; multistep methods must know that steps may differ in size."""
+    coarse, fine = errors_in_the_middle(kind, schedule, shape)
+    assert coarse / fine == pytest.approx(2**order, rel=0.1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_a_multistep_sampler_evaluates_once_per_step_and_forgets_between_calls(schedule):
+    noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(9)).double()
+    calls, denoiser, sampler = [], gaussian_denoiser(MEAN, STD), ld.DPMSolver2M(7)
+    counted = lambda x, level: (calls.append(level), denoiser(x, level))[1]  # noqa: E731
+    first, again = (sampler(counted, noise, schedule) for _ in range(2))
+    assert len(calls) == 14
+    assert torch.equal(first, again)
+    assert first.isfinite().all()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)

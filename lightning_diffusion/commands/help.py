@@ -27,7 +27,7 @@ model
   --model.objective.density.mean FLOAT
                                  any argument of the objective or of its parts
   --model.representation CLASS   Identity, Standardize, LatentRepresentation
-  --model.sampler CLASS          Heun, Euler, DDIM, Ancestral
+  --model.sampler CLASS          Heun, DPMSolver2M, Euler, DDIM, Ancestral
   --model.optimizer CLASS        any of torch.optim; AdamW by default
   --model.optimizer.lr FLOAT     any of its arguments
   --model.learning_rate CLASS    WarmupConstant, WarmupCosine, WarmupLinear, WarmupInverseSquareRoot
