@@ -8,6 +8,7 @@ COMMANDS = {
     "sample": "lightning_diffusion.commands.sample",
     "ema": "lightning_diffusion.commands.ema",
     "prepare": "lightning_diffusion.commands.prepare",
+    "doctor": "lightning_diffusion.commands.doctor",
 }
 
 HELP = """\
@@ -22,5 +23,6 @@ Train diffusion models and draw from them.
   sample     draw images:     lightning-diffusion sample --checkpoint runs/digits-1 --num 64 --out samples.png
   ema        averages of any width after training: lightning-diffusion ema sweep runs/digits-1
   prepare    latents, computed once before training
+  doctor     what is wrong with a configuration, before it is trained: lightning-diffusion doctor --config FILE
 
 COMMAND --help tells its options, --version the version."""

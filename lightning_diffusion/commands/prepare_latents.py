@@ -3,70 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_diffusion.autoencoders import PretrainedAutoencoder
-from lightning_diffusion.commands.classes import forget_arguments_where_classes_change
-from lightning_diffusion.commands.errors import UnknownOptionError
-from lightning_diffusion.commands.quiet import quiet
-from lightning_diffusion.commands.train import Parser, import_all_components
+from lightning_diffusion.commands.reading import read_configuration
 from lightning_diffusion.datamodules import LatentsDataModule, write_latents
 from lightning_diffusion.io import write_atomically
 from lightning_diffusion.latent import LatentRepresentation
 from lightning_diffusion.latent_shards import AUTOENCODER, Shard
-from lightning_diffusion.module import DiffusionModule
 from lightning_diffusion.recording import public_path
 
 OVERLAY = "latents.yaml"
 
 
-class PreparingCLI(LightningCLI):
-    """Reads the configuration of a run and makes its model and data, but no Trainer."""
-
-    def __init__(self, arguments: list[str], own_options: Sequence[str]) -> None:
-        self.own_options = own_options
-        super().__init__(
-            DiffusionModule,
-            LightningDataModule,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            seed_everything_default=0,
-            parser_class=Parser,
-            parser_kwargs={"exit_on_error": False},
-            auto_configure_optimizers=False,
-            run=False,
-            args=arguments,
-        )
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        try:
-            self.config = parser.parse_args(args)
-        except argparse.ArgumentError as error:
-            unknown = re.search(r"unrecognized arguments: ([^\s=]+)", error.message)
-            if unknown:
-                raise UnknownOptionError(
-                    unknown[1], [*self.own_options, *parser._option_string_actions]
-                ) from error
-            raise
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """None."""
-
-
 def prepare(own: argparse.Namespace, arguments: list[str], own_options: Sequence[str]) -> None:
     """Write the latents and the configuration that trains on them."""
-    quiet()
-    import_all_components()
-    forget_arguments_where_classes_change()
-    cli = PreparingCLI(arguments, own_options)
+    cli = read_configuration(arguments, own_options)
     representation = cli.model.representation
     if not isinstance(representation, LatentRepresentation) or representation.encoded:
         raise ValueError(
