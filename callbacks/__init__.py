@@ -7,10 +7,12 @@ if __name__ != "lightning_diffusion.callbacks":
     )
 
 from lightning_diffusion.callbacks.ema import EMA
+from lightning_diffusion.callbacks.generative_metrics import GenerativeMetrics
 from lightning_diffusion.callbacks.gradient_clipping import AdaptiveGradientClipping, GradientClipping
 from lightning_diffusion.callbacks.gradient_sanitizer import GradientSanitizer
 from lightning_diffusion.callbacks.last_checkpoint import LastCheckpoint
 from lightning_diffusion.callbacks.loss_scale_monitor import LossScaleMonitor
+from lightning_diffusion.callbacks.noise_level_monitor import NoiseLevelMonitor
 from lightning_diffusion.callbacks.power_function_ema import PostHocEMA, PowerFunctionEMA
 from lightning_diffusion.callbacks.progress import TrainingProgress
 from lightning_diffusion.callbacks.run_summary import RunSummary
@@ -21,10 +23,12 @@ from lightning_diffusion.callbacks.spike_guard import SpikeGuard
 __all__ = [
     "EMA",
     "AdaptiveGradientClipping",
+    "GenerativeMetrics",
     "GradientClipping",
     "GradientSanitizer",
     "LastCheckpoint",
     "LossScaleMonitor",
+    "NoiseLevelMonitor",
     "PostHocEMA",
     "PowerFunctionEMA",
     "RunSummary",

@@ -63,7 +63,7 @@ _PUBLIC = {
     "autoencoders": ["Autoencoder", "DiffusersAutoencoder", "PretrainedAutoencoder"],
     "patch_pca": ["PatchPCA"],
     "latent": ["LatentRepresentation"],
-    "networks": ["Network", "UNet"],
+    "networks": ["DiT", "DiTOptions", "DiTSize", "MagnitudePreservingUNet", "Network", "UNet"],
     "learning_rates": [
         "LearningRate",
         "TakenStepsLR",
@@ -74,6 +74,9 @@ _PUBLIC = {
     ],
     "sampling": ["DDIM", "Ancestral", "Churn", "DPMSolver2M", "Euler", "Heun", "Sampler"],
     "guidance": ["ClassifierFree", "Guidance"],
+    "features": ["FeatureExtractor", "InceptionFeatures", "ModuleFeatures"],
+    "classifier_features": ["ClassifierFeatures"],
+    "adapters": ["dit_from_state_dict", "edm2_from_state_dict"],
     "module": ["DiffusionModule"],
     "loss_scaling": ["LossScaling"],
     "precision": ["DiffusionFSDPPrecision", "DiffusionPrecision"],

@@ -15,12 +15,16 @@ from lightning_diffusion.autoencoders import Autoencoder as Autoencoder
 from lightning_diffusion.autoencoders import DiffusersAutoencoder as DiffusersAutoencoder
 from lightning_diffusion.autoencoders import PretrainedAutoencoder as PretrainedAutoencoder
 from lightning_diffusion.averaging import load_averaged as load_averaged
+from lightning_diffusion.classifier_features import ClassifierFeatures as ClassifierFeatures
 from lightning_diffusion.densities import Density as Density
 from lightning_diffusion.densities import Importance as Importance
 from lightning_diffusion.densities import LogNormalSigma as LogNormalSigma
 from lightning_diffusion.densities import LogUniformSigma as LogUniformSigma
 from lightning_diffusion.densities import Truncated as Truncated
 from lightning_diffusion.densities import UniformSigma as UniformSigma
+from lightning_diffusion.features import FeatureExtractor as FeatureExtractor
+from lightning_diffusion.features import InceptionFeatures as InceptionFeatures
+from lightning_diffusion.features import ModuleFeatures as ModuleFeatures
 from lightning_diffusion.gradients import Adaptive as Adaptive
 from lightning_diffusion.gradients import ClippingRule as ClippingRule
 from lightning_diffusion.gradients import GlobalNorm as GlobalNorm

@@ -6,7 +6,6 @@ decode  a tensor; diffusers' object with sample
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from itertools import chain
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_diffusion.io import refuse_other_weights
+from lightning_diffusion.io import refuse_other_weights, tensors_hash
 from lightning_diffusion.recording import Recorded
 
 CHUNK = 64
@@ -171,12 +170,7 @@ def fingerprint(autoencoder: nn.Module) -> str:
     """A hash of the values of all parameters and buffers: 32 hexadecimal digits."""
     if isinstance(autoencoder, PretrainedAutoencoder):
         return fingerprint(autoencoder.autoencoder)
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(autoencoder.state_dict().items()):
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
-        digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return tensors_hash(autoencoder.state_dict())
 
 
 def _run(autoencoder: nn.Module, method: str, x: Tensor) -> Any:

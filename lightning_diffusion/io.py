@@ -8,6 +8,7 @@ samples/ and checkpoints/last.ckpt.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pickle
 import platform
@@ -155,6 +156,16 @@ def refuse_other_weights(
         raise ValueError(
             f"{origin} is of another network: {'; '.join(said)}. Use the configuration of its run"
         )
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """32 hexadecimal digits, of names, types, shapes and values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(tensors.items()):
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

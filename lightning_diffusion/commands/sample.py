@@ -157,7 +157,7 @@ def _named(weights: str, module: DiffusionModule) -> str:
 
 def _with_bar(batches: Iterator[tuple[Tensor, Tensor]], number: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Nothing for what takes less than two seconds."""
-    from lightning_diffusion.commands.waiting import Waiting
+    from lightning_diffusion.waiting import Waiting
 
     with Waiting(number, "images") as waiting:
         for images, labels in batches:

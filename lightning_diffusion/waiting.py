@@ -18,17 +18,24 @@ from rich.progress import (
 
 
 class Waiting:
-    """`with Waiting(total, "images") as waiting: ... waiting.advance(n)`; on standard error."""
+    """`with Waiting(total, "images") as waiting: ... waiting.advance(n)`; on standard error, in a terminal only.
 
-    def __init__(self, total: int, unit: str, patience_seconds: float = 2.0) -> None:
+    Args:
+        total, unit: how many of what.
+        patience_seconds: nothing is shown before.
+        shown: False for a bar that is never shown, as in all processes but the first.
+    """
+
+    def __init__(self, total: int, unit: str, patience_seconds: float = 2.0, shown: bool = True) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, *times, console=Console(file=sys.stderr), transient=True)
         self._task = self._progress.add_task(unit, total=total)
         self._timer = threading.Timer(patience_seconds, self._progress.start)
+        self._shown = shown and self._progress.console.is_terminal
 
     def __enter__(self) -> Waiting:
-        if self._progress.console.is_terminal:
+        if self._shown:
             self._timer.start()
         return self
 
