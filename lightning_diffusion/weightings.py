@@ -226,7 +226,7 @@ class Uncertainty(Recorded, nn.Module, Weighting):
     """loss / exp(u) + u with u learned from the noise level (Karras et al. 2024, "EDM2", eq. 21 on).
 
     Every level then has the same share in the gradient, whatever its loss: u tends to ln E[loss]. Trained with the
-    network, saved with it, never averaged.
+    network, its weights put back to unit norm before each step (eq. 66), saved with it, never averaged.
 
     Args:
         features: random Fourier features of c_noise.
@@ -250,11 +250,19 @@ class Uncertainty(Recorded, nn.Module, Weighting):
         """u, shape (B,), float32: a unit-norm combination of sqrt(2) cos(2 pi (f c_noise + phi))."""
         turns = c_noise.float()[:, None] * self.frequencies.float() + self.phases.float()
         features = math.sqrt(2) * (2 * math.pi * turns).cos()
-        weight = self.weight.float()
-        log_loss: Tensor = features @ (weight / weight.norm())
+        log_loss: Tensor = features @ self._unit_weight() / math.sqrt(len(self.weight))
         return log_loss
 
+    def _unit_weight(self) -> Tensor:
+        """Of root mean square 1."""
+        weight = self.weight.float()
+        rms: Tensor = torch.linalg.vector_norm(weight) / math.sqrt(len(weight))
+        return weight / (1e-4 + rms)
+
     def combine(self, loss: Tensor, c_noise: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled() and self.weight.requires_grad:
+            with torch.no_grad():
+                self.weight.copy_(self._unit_weight())
         with torch.autocast(loss.device.type, enabled=False):
             u = self.log_loss(c_noise)
         return loss / u.exp() + u

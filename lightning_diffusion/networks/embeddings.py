@@ -9,21 +9,22 @@ from torch import Tensor, nn
 
 
 class NoiseEmbedding(nn.Module):
-    """cos and sin of c_noise at frequencies spaced geometrically from 1e-4 to 8 radians per unit, in float32.
+    """cos and sin of c_noise at geometrically spaced frequencies, in float32.
 
-    One table serves both scales of c_noise: timesteps 0..999 (the usual 1e-4 to 1) and ln(sigma) / 4.
+    The default serves both scales of c_noise: timesteps 0..999 (the usual 1e-4 to 1) and ln(sigma) / 4.
 
     Args:
         features: length of the vector, even.
+        lowest, highest: frequencies in radians per unit of c_noise.
     """
 
     frequencies: Tensor
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, lowest: float = 1e-4, highest: float = 8.0) -> None:
         super().__init__()
         if features % 2:
             raise ValueError(f"Found {features} features for the noise embedding; expected an even number.")
-        exponents = torch.linspace(math.log(1e-4), math.log(8), features // 2)
+        exponents = torch.linspace(math.log(lowest), math.log(highest), features // 2)
         self.register_buffer("frequencies", exponents.exp(), persistent=False)
 
     def forward(self, c_noise: Tensor) -> Tensor:
