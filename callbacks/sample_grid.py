@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
 from torch import Tensor
 
-from lightning_diffusion.io import write_atomically
+from lightning_diffusion.callbacks.pictures import show
 from lightning_diffusion.plots import image_grid
 
 
@@ -73,9 +68,9 @@ class SampleGrid(Callback):
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._drawn_at = trainer.global_step
-        images, folder = self._sample(pl_module), Path(trainer.log_dir or trainer.default_root_dir)
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._show(trainer, images, folder / "samples" / f"step={trainer.global_step:06d}.png")
+        images = self._sample(pl_module)
+        if trainer.is_global_zero:
+            self._show(trainer, images)
 
     def _sample(self, pl_module: Any) -> Tensor:
         weights = self.weights or ("ema" if getattr(pl_module, "averages", None) else "online")
@@ -86,20 +81,8 @@ class SampleGrid(Callback):
             images: Tensor = pl_module.sample(len(label), condition, weights=weights, seed=self.seed)
         return images
 
-    def _show(self, trainer: Trainer, images: Tensor, path: Path) -> None:
+    def _show(self, trainer: Trainer, images: Tensor) -> None:
         if images.isnan().any():
             rank_zero_warn(f"Samples at step {trainer.global_step} hold NaN: no picture is drawn.")
             return
-        picture = image_grid(images, self.columns, self.scale)
-        write_atomically(path, partial(picture.save, format="png"))
-        for logger in trainer.loggers:
-            _hand_over(logger, picture, trainer.global_step)
-
-
-def _hand_over(logger: Logger, picture: Image.Image, step: int) -> None:
-    """Give a picture, uint8 (H, W, 3), to a logger that takes images; the others pass."""
-    pixels = np.asarray(picture.convert("RGB"))
-    if isinstance(logger, WandbLogger):
-        logger.log_image("samples", [pixels], step=step)
-    elif isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_image("samples", pixels, step, dataformats="HWC")
+        show(trainer, image_grid(images, self.columns, self.scale), "samples")
