@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_diffusion.averaging import resolve_weights
 from lightning_diffusion.callbacks.ema import EMA
 from lightning_diffusion.classifier_features import ClassifierFeatures
-from lightning_diffusion.features import FeatureExtractor, extract
+from lightning_diffusion.features import FeatureExtractor
 from lightning_diffusion.generative import (
     Draws,
+    ReadyExtractor,
     RealFeatures,
     Share,
     default_weights,
@@ -25,9 +25,10 @@ from lightning_diffusion.generative import (
     drawn_features,
     few_samples,
     figures,
+    get_ready,
     logged_names,
-    network_of,
     real_features,
+    real_images_of,
 )
 from lightning_diffusion.guidance import Guidance
 from lightning_diffusion.real_images import FEWEST, RealImages
@@ -79,7 +80,7 @@ class GenerativeMetrics(Callback):
             _check_grammar(one)
         self.extractor, self.num_samples, self.every_n_steps = extractor, num_samples, every_n_steps
         self.draws = [Draws(num_samples, one, None, guidance, seed) for one in several]
-        self._network: nn.Module | None = None
+        self._ready: ReadyExtractor | None = None
         self._real: RealFeatures | None = None
         self._labels: Tensor | None = None
         self._measured_at = 0
@@ -96,7 +97,8 @@ class GenerativeMetrics(Callback):
         self._measured_at = trainer.global_step
         self._check_weights(trainer, pl_module)
         with _random_numbers_kept(pl_module):
-            real = _real_images(trainer, pl_module)
+            shown = _shows_bars(trainer)
+            real = real_images_of(pl_module, trainer.train_dataloader, _held_out(trainer), shown)
             self._load(trainer, pl_module, real)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
@@ -114,7 +116,7 @@ class GenerativeMetrics(Callback):
             self._measure(trainer, pl_module, after_training=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._network = self._real = self._labels = None
+        self._ready = self._real = self._labels = None
 
     def _check_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
         wanted = [draws.weights or default_weights(pl_module) for draws in self.draws]
@@ -131,12 +133,12 @@ class GenerativeMetrics(Callback):
     def _load(self, trainer: Trainer, pl_module: LightningModule, real: RealImages) -> None:
         """The first process reads the real images, and fills the cache for the others."""
         if trainer.is_global_zero:
-            self._network = network_of(self.extractor, real).to(pl_module.device)
-            self._real = real_features(self.extractor, self._network, real)
+            self._ready = get_ready(self.extractor, real, pl_module.device)
+            self._real = real_features(self._ready, real)
             self._warn_of_few(trainer)
         trainer.strategy.barrier("GenerativeMetrics")
         if not trainer.is_global_zero:
-            self._network = network_of(self.extractor, real).to(pl_module.device)
+            self._ready = get_ready(self.extractor, real, pl_module.device)
         labels = real.content.labels if trainer.is_global_zero else None
         conditional = bool(getattr(pl_module, "num_classes", 0))
         self._labels = trainer.strategy.broadcast(labels) if conditional else None
@@ -160,13 +162,13 @@ class GenerativeMetrics(Callback):
             logger.log_metrics(found, step=step)
 
     def _figures(self, trainer: Trainer, pl_module: LightningModule, draws: Draws) -> dict[str, float]:
-        if self._network is None:
+        if self._ready is None:
             raise RuntimeError("GenerativeMetrics measures within fit only.")
         with _random_numbers_kept(pl_module):
             features = drawn_features(
                 pl_module,
                 draws,
-                partial(_extracted, self._network, self.extractor),
+                self._ready,
                 self._labels,
                 Share(trainer.global_rank, trainer.world_size, _gathering(trainer)),
                 shown=_shows_bars(trainer),
@@ -191,10 +193,6 @@ def _quick(draws: Draws) -> Draws:
     return Draws(min(_QUICK, draws.num_samples), draws.weights, draws.sampler, draws.guidance, draws.seed)
 
 
-def _extracted(network: nn.Module, extractor: FeatureExtractor, images: Tensor) -> Tensor:
-    return extract(network, images, extractor)
-
-
 def _random_numbers_kept(pl_module: LightningModule) -> Any:
     return torch.random.fork_rng([pl_module.device] if pl_module.device.type == "cuda" else [])
 
@@ -213,20 +211,6 @@ def _short(found: dict[str, float]) -> dict[str, float]:
     return {name.removeprefix("metrics/"): value for name, value in found.items()}
 
 
-def _real_images(trainer: Trainer, pl_module: Any) -> RealImages:
-    representation = getattr(pl_module, "representation", None)
-    latents = bool(getattr(representation, "encoded", False))
-    decode = partial(_decoded, representation, pl_module.device) if latents else None
-    return RealImages(trainer.train_dataloader, _held_out(trainer), decode, _shows_bars(trainer))
-
-
-@torch.no_grad()
-def _decoded(representation: Any, device: torch.device, latents: Tensor) -> Tensor:
-    images: Tensor = representation.decode(representation.encode(latents.to(device)))
-    return images
-
-
-def _held_out(trainer: Trainer) -> Sequence[Any]:
+def _held_out(trainer: Trainer) -> Any:
     trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    found: Iterable[Any] = trainer.val_dataloaders or []
-    return list(found) if isinstance(found, (list, tuple)) else [found]
+    return trainer.val_dataloaders

@@ -10,6 +10,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -69,37 +71,80 @@ class Share:
     gather: Callable[[Tensor], Tensor] = lambda x: x[None]
 
 
-def network_of(extractor: FeatureExtractor, real: RealImages) -> nn.Module:
-    """The extractor's network, after a try on a few real images.
+@dataclass(frozen=True)
+class ReadyExtractor:
+    """An extractor with its network, for images of one shape (C, H, W)."""
+
+    extractor: FeatureExtractor
+    network: nn.Module
+    image_shape: tuple[int, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features float32 (N, F) on the CPU of uint8 images (N, C, H, W)."""
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"found drawn images of shape {tuple(images.shape[1:])} and real ones of {self.image_shape}: compare "
+                "with data of the size that the model was trained on."
+            )
+        return extract(self.network, images, self.extractor)
+
+
+def get_ready(
+    extractor: FeatureExtractor, real: RealImages, device: torch.device | str = "cpu"
+) -> ReadyExtractor:
+    """The extractor with its network on `device`, after a try on a few real images.
 
     Raises:
         OSError, ValueError: if it cannot be had, or does not take these images.
     """
-    network = extractor.load(real)
-    extract(network, next(real.training()).images[:2], extractor)
-    return network
+    few = next(real.training()).images[:2]
+    ready = ReadyExtractor(extractor, extractor.load(real).to(device), tuple(few.shape[1:]))
+    ready(few)
+    return ready
 
 
-def real_features(extractor: FeatureExtractor, network: nn.Module, real: RealImages) -> RealFeatures:
+def real_images_of(module: Any, training: Any, held_out: Any, shown: bool = True) -> RealImages:
+    """The images that a module is trained on: of its loaders, decoded where they hold latents.
+
+    Args:
+        module: any; what is `representation.encoded` is decoded by it.
+        training: the loader of the training data.
+        held_out: a loader, or several, or None.
+        shown: whether to show bars.
+    """
+    representation = getattr(module, "representation", None)
+    decode = partial(_decoded, representation) if getattr(representation, "encoded", False) else None
+    several = held_out if isinstance(held_out, (list, tuple)) else [held_out]
+    return RealImages(training, [one for one in several if one is not None], decode, shown)
+
+
+@torch.no_grad()
+def _decoded(representation: Any, latents: Tensor) -> Tensor:
+    buffers = chain(representation.parameters(), representation.buffers())
+    device = next((x.device for x in buffers), latents.device)
+    images: Tensor = representation.decode(representation.encode(latents.to(device)))
+    return images
+
+
+def real_features(ready: ReadyExtractor, real: RealImages) -> RealFeatures:
     """Features of all real images, from the cache if it holds those of these very images and this very network."""
 
     def compute() -> dict[str, Tensor]:
         total = real.num_training + real.num_held_out
-        with Waiting(total, f"{extractor.name} features", shown=real.shown) as waiting:
+        with Waiting(total, f"{ready.extractor.name} features", shown=real.shown) as waiting:
             parts = {"training": real.training(), "held_out": real.held_out()}
-            made = {name: list(_features(part, extractor, network, waiting)) for name, part in parts.items()}
+            made = {name: list(_features(part, ready, waiting)) for name, part in parts.items()}
         width = made["training"][0].shape[1]
         return {name: torch.cat(rows) if rows else torch.empty(0, width) for name, rows in made.items()}
 
-    content = content_hash(repr(extractor), tensors_hash(network.state_dict()), real.content.digest)
-    return RealFeatures(**cached(extractor.name, content, compute))
+    parameters = tensors_hash(ready.network.state_dict())
+    content = content_hash(repr(ready.extractor), parameters, real.content.digest)
+    return RealFeatures(**cached(ready.extractor.name, content, compute))
 
 
-def _features(
-    batches: Iterator[Batch], extractor: FeatureExtractor, network: nn.Module, waiting: Waiting
-) -> Iterator[Tensor]:
+def _features(batches: Iterator[Batch], ready: ReadyExtractor, waiting: Waiting) -> Iterator[Tensor]:
     for batch in batches:
-        yield extract(network, batch.images, extractor)
+        yield ready(batch.images)
         waiting.advance(len(batch.images))
 
 
@@ -114,10 +159,15 @@ def few_samples(real: RealFeatures, num_samples: int) -> str | None:
     )
 
 
+def num_chunks(num_samples: int) -> int:
+    """In how many calls of `sample` so many are drawn."""
+    return math.ceil(num_samples / _CHUNK)
+
+
 def drawn_features(
     module: Any,
     draws: Draws,
-    extract_from: Callable[[Tensor], Tensor],
+    ready: ReadyExtractor,
     labels: Tensor | None,
     share: Share | None = None,
     shown: bool = True,
@@ -127,19 +177,19 @@ def drawn_features(
     Args:
         module: with the `sample` of DiffusionModule.
         draws: what is drawn.
-        extract_from: from uint8 (B, C, H, W) to features (B, F).
+        ready: what looks at the images.
         labels: of the training data (N,); None draws without.
         share: of this process; all of them must call this.
         shown: whether to show a bar.
     """
     share = share or Share()
-    chunks = math.ceil(draws.num_samples / _CHUNK)
+    chunks = num_chunks(draws.num_samples)
     size = math.ceil(draws.num_samples / chunks)
     rounds = range(share.rank, math.ceil(chunks / share.world_size) * share.world_size, share.world_size)
     rows = []
     with Waiting(draws.num_samples, "samples", shown=shown and share.rank == 0) as waiting:
         for number in rounds:
-            rows.append(_drawn(module, draws, number, size, extract_from, labels))
+            rows.append(_drawn(module, draws, number, size, ready, labels))
             waiting.advance(size * share.world_size)
     everything = share.gather(torch.stack(rows)).cpu()  # (world_size, chunks, size, F)
     return everything.transpose(0, 1).flatten(0, 2)[: draws.num_samples]
@@ -150,7 +200,7 @@ def _drawn(
     draws: Draws,
     number: int,
     size: int,
-    extract_from: Callable[[Tensor], Tensor],
+    ready: ReadyExtractor,
     labels: Tensor | None,
 ) -> Tensor:
     seed = hash_seed(draws.seed, "metrics", number)
@@ -165,7 +215,7 @@ def _drawn(
     )
     is_image = (images.isfinite() & (images.abs() <= _FARTHEST)).flatten(1).all(1)
     safe = torch.where(is_image[:, None, None, None], images, 0).clamp(-1, 1)
-    features = extract_from(to_8_bits(safe))
+    features = ready(to_8_bits(safe))
     return torch.where(is_image[:, None].cpu(), features, torch.nan)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,3 +147,50 @@ def width_curve(widths: Sequence[float], values: Sequence[float], online: float,
     axes.minorticks_off()
     axes.legend(frameon=False)
     return figure
+
+
+class QualityPoint(NamedTuple):
+    """A figure of merit of samples that took so many evaluations of the network each; a curve joins its points."""
+
+    curve: str
+    evaluations: int
+    value: float
+
+
+def quality_curves(points: Sequence[QualityPoint], title: str, quality: str = "Frechet distance") -> Figure:
+    """Quality against the number of function evaluations, both on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    curves = list(dict.fromkeys(point.curve for point in points))
+    with style():
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for number, curve in enumerate(curves):
+            own = sorted(point[1:] for point in points if point.curve == curve)
+            dashes = "-" if number < len(PALETTE) else "--"
+            axes.plot(*zip(*own, strict=True), "o", linestyle=dashes, label=curve)
+        axes.set(xscale="log", yscale="log", xlabel="evaluations of the network per sample", ylabel=quality)
+        axes.set_title(title)
+        ticks = sorted({point.evaluations for point in points})
+        axes.set_xticks(_spaced(ticks), [str(tick) for tick in _spaced(ticks)])
+        axes.minorticks_off()
+        _plain_logarithmic(axes)
+        figure.legend(loc="outside right upper", fontsize=9)
+    return figure
+
+
+def _spaced(ticks: Sequence[int]) -> list[int]:
+    """Of rising numbers those a fifth above the last one taken, so that labels on a logarithmic axis do not overlap."""
+    kept: list[int] = []
+    for tick in ticks:
+        if not kept or tick > 1.2 * kept[-1]:
+            kept.append(tick)
+    return kept
+
+
+def _plain_logarithmic(axes: Axes) -> None:
+    """Numbers as they are on a logarithmic y axis that may span less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -6,6 +6,7 @@ COMMANDS = {
     "test": "lightning_diffusion.commands.train",
     "predict": "lightning_diffusion.commands.train",
     "sample": "lightning_diffusion.commands.sample",
+    "evaluate": "lightning_diffusion.commands.evaluate",
     "ema": "lightning_diffusion.commands.ema",
     "prepare": "lightning_diffusion.commands.prepare",
     "doctor": "lightning_diffusion.commands.doctor",
@@ -21,6 +22,7 @@ Train diffusion models and draw from them.
   test       the same, on the test data
   predict    samples for the conditions of the prediction data
   sample     draw images:     lightning-diffusion sample --checkpoint runs/digits-1 --num 64 --out samples.png
+  evaluate   figures of merit, for several weights, samplers, guidances: lightning-diffusion evaluate --checkpoint RUN
   ema        averages of any width after training: lightning-diffusion ema sweep runs/digits-1
   prepare    latents, computed once before training
   doctor     what is wrong with a configuration, before it is trained: lightning-diffusion doctor --config FILE

@@ -50,7 +50,7 @@ def _parser() -> Parser:
         help=".png: a grid; .npz: arrays images, labels; FOLDER/: single PNGs",
     )
     add("--label", type=_labels, action="extend", metavar="L[,L...]", help="classes to cycle through (all)")
-    add("--sampler", metavar="NAME[:STEPS]", help="heun, euler, ddim, ancestral (the model's own)")
+    add("--sampler", metavar="NAME[:STEPS]", help="heun, dpm, euler, ddim, ancestral (the model's own)")
     add("--steps", type=int, metavar="N", help="steps of the sampler")
     add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1 is off (1)")
     add("--seed", type=int, default=0, metavar="N", help="of the noise (0)")
@@ -134,19 +134,28 @@ def _cycled(given: Sequence[int] | None, number: int, num_classes: int) -> Tenso
 def _sampler(given: argparse.Namespace, own: Sampler) -> Sampler:
     from dataclasses import replace
 
+    chosen: Any = parse_sampler(given.sampler or "", own)
+    sampler: Sampler = chosen if given.steps is None else replace(chosen, num_steps=given.steps)
+    return sampler
+
+
+def parse_sampler(text: str, own: Sampler) -> Sampler:
+    """NAME or NAME:STEPS such as heun:18; of nothing the model's own."""
+    from dataclasses import replace
+
     from lightning_diffusion.sampling import Sampler
 
-    name, _, steps = (given.sampler or "").partition(":")
+    name, colon, steps = text.partition(":")
     known: dict[str, Any] = {kind.__name__.lower(): kind for kind in Sampler.__subclasses__()}
+    known["dpm"] = known["dpmsolver2m"]
     if name and name.lower() not in known:
         raise ValueError(
             f"there is no sampler {name}{suggestion(name.lower(), known)} Known: {', '.join(known)}"
         )
-    if steps and not (steps.isdecimal() and int(steps)):
-        raise ValueError(f"--sampler {given.sampler}: expected NAME:STEPS such as heun:18")
+    if colon and not (steps.isdecimal() and int(steps)):
+        raise ValueError(f"sampler {text}: expected NAME:STEPS such as heun:18")
     sampler: Any = known[name.lower()]() if name else own
-    number = given.steps or (int(steps) if steps else None)
-    chosen: Sampler = sampler if number is None else replace(sampler, num_steps=number)
+    chosen: Sampler = replace(sampler, num_steps=int(steps)) if steps else sampler
     return chosen
 
 
