@@ -1,6 +1,6 @@
 """What does our code add to a training step?
 
-    OMP_NUM_THREADS=1 python benchmarks/step_overhead.py [--small] [--rounds 60] [--clock cpu]
+    OMP_NUM_THREADS=1 python benchmarks/step_overhead.py [--network digits|small|tiny] [--rounds 60] [--clock cpu]
 
 Three arms train the same U-Net on the digits with the same maths, fused AdamW and an average of the weights after
 every step, in one process that turns to another one after every epoch:
@@ -11,8 +11,8 @@ every step, in one process that turns to another one after every epoch:
 
 `ours - lightning` is what our code adds; bound: 0.5 ms. A figure is the mean over a whole epoch, so that what its
 turn costs is in it; differences are between neighbours in time, median and quartiles over rounds. The network's
-own time only adds noise to them: `--small` takes a U-Net of one level and one block, and the processor's clock
-(all threads of this process) disregards other work on the machine.
+own time only adds noise to them, some thirty times the figure: `small` is a U-Net of one level and one block, `tiny`
+one convolution. The processor's clock (all threads of this process) disregards other work on the machine.
 """
 
 from __future__ import annotations
@@ -175,6 +175,19 @@ def small() -> UNet:
     return UNet((1, 8, 8), channels=8, multipliers=(1,), num_blocks=1, attention_levels=(), num_classes=10)
 
 
+class Tiny(nn.Module):
+    """The least that can be trained: one 3 x 3 convolution."""
+
+    num_classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.convolution(x)
+
+
 def warm_up(step: int) -> float:
     """DiffusionModule's default learning rate."""
     return min((step + 1) / 101, 1.0)
@@ -199,7 +212,7 @@ def run_lightning(hand: Hand, baton: Baton) -> None:
     quiet_trainer(baton).fit(Quiet(hand))
 
 
-def run_ours(network: UNet, baton: Baton) -> None:
+def run_ours(network: nn.Module, baton: Baton) -> None:
     module = DiffusionModule(
         network,
         EDM(SIGMA_DATA, LogNormalSigma(P_MEAN, P_STD), stable_target=StableTarget(reference_size=2000)),
@@ -223,7 +236,7 @@ def quiet_trainer(baton: Baton, *callbacks: Callback) -> Trainer:
     )
 
 
-def compare(network: Callable[[], UNet], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+def compare(network: Callable[[], nn.Module], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Milliseconds per step of each arm in each round, after one round of warming up."""
     torch.manual_seed(0)
     data = DigitsDataModule(BATCH).training_data()
@@ -256,17 +269,20 @@ def summary(values: list[float]) -> str:
     return f"{middle:8.3f}   [{low:.3f}, {high:.3f}]"
 
 
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"digits": digits, "small": small, "tiny": Tiny}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--small", action="store_true", help="a network that takes little time")
+    parser.add_argument("--network", choices=list(NETWORKS), default="digits")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    times = compare(small if arguments.small else digits, arguments.rounds, CLOCKS[arguments.clock])
+    times = compare(NETWORKS[arguments.network], arguments.rounds, CLOCKS[arguments.clock])
     pairs = [("lightning", "hand"), ("ours", "lightning"), ("ours", "hand")]
     added = {f"{a} - {b}": list(np.subtract(times[a], times[b])) for a, b in pairs}
     print(

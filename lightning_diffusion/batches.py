@@ -6,17 +6,18 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
+from lightning_diffusion.noise_level import per_sample
 from lightning_diffusion.resume import RandomKey
 
 LABEL = "label"
+CONTEXT = "context"
 
 
 def unpack(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Images and conditions of a batch: x, (x, label) or {"image": x, "label": y, ...}.
+    """Images and conditions of a batch: x, (x, label) or {"image": x, "label": y, "context": c, ...}.
 
     Raises:
         TypeError: for anything else.
@@ -71,10 +72,23 @@ def declared_conditions(network: nn.Module) -> set[str]:
     return {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
 
 
-def drop_labels(label: Tensor, null: int, share: float, key: RandomKey) -> Tensor:
-    """Replace a share of the labels (B,) by the null label; drawn for the global batch."""
-    dropped = key.uniform("label dropout", len(label)) < share
-    return torch.where(dropped.to(label.device, non_blocking=True), null, label)
+def drop_conditions(
+    condition: Mapping[str, Tensor], null: int, share: float, key: RandomKey
+) -> dict[str, Tensor]:
+    """Replace labels (B,) by the null label and context (B, ...) by zeros, in a share of the samples, together.
+
+    Drawn for the global batch; other conditions stay.
+    """
+    nulls = {name: value for name, value in {LABEL: null, CONTEXT: 0}.items() if name in condition}
+    if not share or not nulls:
+        return dict(condition)
+    first = condition[next(iter(nulls))]
+    drawn = key.uniform("label dropout", len(first)) < share
+    dropped = drawn.to(first.device, non_blocking=True)
+    changed = {
+        n: condition[n].masked_fill(per_sample(dropped, condition[n]), null) for n, null in nulls.items()
+    }
+    return {**condition, **changed}
 
 
 def _describe(batch: Any) -> str:

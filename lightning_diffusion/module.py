@@ -18,7 +18,7 @@ from lightning_diffusion.batches import (
     LABEL,
     Repeatable,
     declared_conditions,
-    drop_labels,
+    drop_conditions,
     every_sample,
     unpack,
 )
@@ -26,10 +26,10 @@ from lightning_diffusion.checks import check_encoded, check_images
 from lightning_diffusion.drawing import Drawing
 from lightning_diffusion.learning_rates import LearningRate, TakenStepsLR, WarmupConstant
 from lightning_diffusion.networks import Network
-from lightning_diffusion.noise_level import cat
 from lightning_diffusion.objective import DiffusionObjective, Report
 from lightning_diffusion.presets import EDM
 from lightning_diffusion.recording import INSTANTIATOR, spec
+from lightning_diffusion.reports import Reports
 from lightning_diffusion.representation import Identity, Representation
 from lightning_diffusion.resume import RandomKey, hash_seed, rewind_to_window_, run_seed
 from lightning_diffusion.sampling import Heun, Sampler
@@ -40,7 +40,7 @@ CHECKPOINT_FORMAT = 1
 class DiffusionModule(Drawing, L.LightningModule):
     """Trains a network on an objective and samples from it.
 
-    Batches are images (B, C, H, W) in [-1, 1], or (images, labels), or {"image": ..., "label": ...}.
+    Batches are images (B, C, H, W) in [-1, 1], or (images, labels), or {"image": ..., "label": ..., "context": ...}.
 
     Args:
         network: called as network(x, c_noise, label=...), see `Network`; any nn.Module will do.
@@ -49,7 +49,8 @@ class DiffusionModule(Drawing, L.LightningModule):
         sampler: draws the samples of `sample`, unless another is given there.
         optimizer: makes the optimizer from parameters.
         learning_rate: the factor on the optimizer's learning rate over steps.
-        label_dropout: share of labels replaced by the null label, for classifier-free guidance; 1 trains without.
+        label_dropout: share of labels and contexts replaced by null ones, for classifier-free guidance; 1 trains
+            without.
 
     Raises:
         ValueError: where parts do not fit each other.
@@ -75,18 +76,18 @@ class DiffusionModule(Drawing, L.LightningModule):
         self.learning_rate = learning_rate
         self.label_dropout = label_dropout
         self.averages: dict[str, dict[str, Tensor]] = {}
-        self._reports: list[Report] = []
-        self._loss_sum, self._loss_count = torch.zeros(()), 0
+        self._reports = Reports()
         self._checked: set[str] = set()
         self.save_hyperparameters(self._recorded_parts())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         key = self._key(batch_idx)
         images, condition = self._prepare("train", batch)
-        if LABEL in condition and self.label_dropout:
-            condition[LABEL] = drop_labels(condition[LABEL], self.num_classes, self.label_dropout, key)
+        condition = drop_conditions(condition, self.num_classes, self.label_dropout, key)
         report = self._loss(images, condition, key)
-        self._keep(report.detach(), starts_step=batch_idx % key.accumulate == 0)
+        self._reports.add(report.detach(), starts_step=batch_idx % key.accumulate == 0)
+        if self._logs_this_step:
+            self.log("train/loss", self._reports.take_mean_loss(), sync_dist=True, prog_bar=True)
         return report.loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -105,9 +106,7 @@ class DiffusionModule(Drawing, L.LightningModule):
     @property
     def report(self) -> Report:
         """Loss (), per-sample loss and level (B,) of all micro-batches since the last optimizer step, detached."""
-        losses = torch.stack([report.loss for report in self._reports])
-        per_sample = torch.cat([report.per_sample for report in self._reports])
-        return Report(losses.mean(), per_sample, cat([report.level for report in self._reports]))
+        return self._reports.joined()
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         """What an average should follow: the network's trainable parameters, by their names in this module."""
@@ -229,18 +228,6 @@ class DiffusionModule(Drawing, L.LightningModule):
     @property
     def _log_every(self) -> int:
         return int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
-
-    def _keep(self, report: Report, starts_step: bool) -> None:
-        """Remember the report, and log the mean loss since the last logging step: no host synchronisation."""
-        if starts_step:
-            self._reports.clear()
-        if starts_step and self.trainer.global_step % self._log_every == 0:
-            self._loss_count = 0
-        self._reports.append(report)
-        self._loss_sum = self._loss_sum + report.loss if self._loss_count else report.loss
-        self._loss_count += 1
-        if self._logs_this_step:
-            self.log("train/loss", self._loss_sum / self._loss_count, sync_dist=True, prog_bar=True)
 
     def _training_images(self) -> Iterable[Tensor]:
         """Images of the training batches; can be gone through again."""

@@ -67,7 +67,7 @@ class RandomKey:
         """This rank's share of uniform draws for the global batch, float64 on the CPU, shape (batch,)."""
         generator = self.generator(purpose)
         draws = torch.rand(batch * self.world_size, dtype=torch.float64, generator=generator)
-        return draws[self.rank :: self.world_size]
+        return draws if self.world_size == 1 else draws[self.rank :: self.world_size]
 
     def stratified_uniform(self, purpose: str, batch: int) -> Tensor:
         """Like `uniform`, one draw in each of n equal strata of [0, 1), n the samples of an optimizer step.
@@ -80,8 +80,8 @@ class RandomKey:
         n, window = samples * self.accumulate, self.batch // self.accumulate
         shift = hash_seed(self.seed, purpose, "shift", self.epoch, window) % n
         place = torch.arange(self.rank, samples, self.world_size) * self.accumulate
-        stratum = (place + self.batch % self.accumulate + shift) % n
-        return (stratum + self.uniform(purpose, batch)) / n
+        stratum = (place + (self.batch % self.accumulate + shift)) % n
+        return self.uniform(purpose, batch).add_(stratum).div_(n)
 
 
 class ResumableSampler(DistributedSampler[int]):

@@ -90,7 +90,7 @@ class StableTarget(Recorded, nn.Module):
             labels.extend([] if label is None else [label])
             _check_size(sum(map(len, x0s)), self.reference_size)
         self.x0 = torch.cat(x0s)
-        self.label = torch.cat(labels) if labels else None
+        self.label = torch.cat(labels).int() if labels else None
 
     def references(self, x0: Tensor, condition: Mapping[str, Tensor], null: int | None) -> References:
         """What a batch x0 (B, ...) is averaged over."""
@@ -139,6 +139,8 @@ class StableTarget(Recorded, nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The regression targets for x0 and noise (B, ...) at `level` under the labels (B,): (x_bar, eps_bar)."""
         rows = max(self.chunk // len(references.x0), 1)
+        if rows >= len(x0):
+            return _posterior(x0, noise, level, references, references.forbidden(label))
         labels = [None] * len(x0) if label is None else torch.split(label, rows)
         parts = (torch.split(part, rows) for part in (x0, noise, level.alpha, level.sigma))
         chunks = [
