@@ -194,7 +194,7 @@ class LevelStatistics:
         """Sum gradients by bin; |g|^2, shape (B,). What is not finite goes to a row of its own."""
         flat, every = _thinned(gradient, _ELEMENTS // len(self.bins))
         scale = factor * math.sqrt(every)
-        energy = torch.linalg.vector_norm(flat, dim=1).mul_(scale).square_()
+        energy: Tensor = torch.linalg.vector_norm(flat, dim=1).mul_(scale).square_()
         row = self._index(log_snr).where(energy.isfinite(), len(self.bins))
         shape = (len(self.bins) + 1, flat.shape[1])
         if self._gradients is None or self._gradients.shape != shape:
