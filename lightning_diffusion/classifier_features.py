@@ -49,7 +49,8 @@ class ClassifierFeatures(FeatureExtractor):
                 "InceptionFeatures, or ModuleFeatures with a network of your own."
             )
         images = torch.cat([_shrunk(batch.images) for batch in real.training()])
-        network = _Classifier(images.shape[1], self.num_features, classes)
+        with torch.random.fork_rng(devices=[]):
+            network = _Classifier(images.shape[1], self.num_features, classes)
         content = content_hash(_VERSION, self, real.content.digest)
         compute = lambda: _trained(network, images, labels, self.steps, self.seed, real.shown)  # noqa: E731
         network.load_state_dict(cached("classifier", content, compute))

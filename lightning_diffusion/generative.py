@@ -153,9 +153,11 @@ def few_samples(real: RealFeatures, num_samples: int) -> str | None:
     width = real.training.shape[1]
     few = {"samples": num_samples, "real images": len(real.training)}
     said = " and ".join(f"{number} {what}" for what, number in few.items() if number <= width)
-    return said and (
+    return (
         f"found {said} for {width} features: a covariance is singular and the Frechet distance mostly bias. Use more "
         f"than {width}, ten times as many for good figures, an extractor with fewer features, or the kernel distance."
+        if said
+        else None
     )
 
 

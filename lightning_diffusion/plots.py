@@ -192,5 +192,5 @@ def _plain_logarithmic(axes: Axes) -> None:
     """Numbers as they are on a logarithmic y axis that may span less than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
