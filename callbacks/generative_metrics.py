@@ -83,7 +83,7 @@ class GenerativeMetrics(Callback):
         self._ready: ReadyExtractor | None = None
         self._real: RealFeatures | None = None
         self._labels: Tensor | None = None
-        self._measured_at = 0
+        self._measured_at, self._warned = 0, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not callable(getattr(pl_module, "sample", None)):
@@ -94,7 +94,7 @@ class GenerativeMetrics(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Averages are there by now, and what representations measure is measured."""
-        self._measured_at = trainer.global_step
+        self._measured_at, self._warned = trainer.global_step, False
         self._check_weights(trainer, pl_module)
         with _random_numbers_kept(pl_module):
             shown = _shows_bars(trainer)
@@ -175,7 +175,9 @@ class GenerativeMetrics(Callback):
             )
         if self._real is None:
             return {}
-        if said := diverged(features):
+        said = diverged(features)
+        if said and not self._warned:
+            self._warned = True
             rank_zero_warn(f"GenerativeMetrics at step {trainer.global_step}: {said} Training goes on.")
         return logged_names(figures(self._real, features), self.extractor, draws)
 

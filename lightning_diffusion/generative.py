@@ -243,13 +243,14 @@ def diverged(features: Tensor) -> str | None:
 
 
 def figures(real: RealFeatures, drawn: Tensor) -> dict[str, float]:
-    """All figures by name; nan for what cannot be computed.
+    """All figures by name: nan if the model has diverged, and without `near_copies_held_out` if nothing is held out.
 
     Near-copies are the share of samples closer to a training image than 95 % of the training images are to their
     nearest other one; of held-out images the same share shows what no copying looks like.
     """
+    names = [name for name in FIGURES if name != "near_copies_held_out" or len(real.held_out) > 1]
     if drawn.isnan().any():
-        return dict.fromkeys(FIGURES, math.nan)
+        return dict.fromkeys(names, math.nan)
     training, held_out, samples = (_some(x) for x in (real.training, real.held_out, drawn))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few samples are warned of once, beforehand
@@ -257,8 +258,8 @@ def figures(real: RealFeatures, drawn: Tensor) -> dict[str, float]:
     quality = precision_recall(training, samples)
     copies = {"near_copies": samples, "near_copies_held_out": held_out}
     found = {"frechet": frechet, "kernel": kernel_distance(training, samples), **quality._asdict()}
-    found |= {name: near_copies(x, training) for name, x in copies.items() if len(x) > 1}
-    return {name: float(found.get(name, math.nan)) for name in FIGURES}
+    found |= {name: near_copies(x, training) for name, x in copies.items() if name in names}
+    return {name: float(found[name]) for name in names}
 
 
 def logged_names(found: Mapping[str, float], extractor: FeatureExtractor, draws: Draws) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 import lightning_diffusion as ld
 
 SCHEDULES = [
@@ -97,6 +99,31 @@ CLIPPING_RULES = [
     ld.Normalise(0.3),
 ]
 REPRESENTATIONS = [ld.Identity(), ld.Standardize(), ld.LatentRepresentation(ld.PatchPCA())]
+NETWORKS = [
+    ld.UNet((2, 8, 8), channels=8, num_blocks=1, num_classes=3, context_dim=6),
+    ld.MagnitudePreservingUNet(
+        (2, 8, 8),
+        channels=8,
+        multipliers=(1, 2),
+        num_blocks=1,
+        attention_levels=(1,),
+        num_classes=3,
+        head_channels=8,
+    ),
+    ld.DiT((2, 8, 8), 2, ld.DiTSize(16, 2, 2), num_classes=3),
+    ld.DiT(
+        (2, 8, 8),
+        4,
+        ld.DiTSize(16, 2, 4),
+        num_classes=3,
+        options=ld.DiTOptions.original(learned_variance=True),
+    ),
+]
+FEATURE_EXTRACTORS = [
+    ld.InceptionFeatures(),
+    ld.ClassifierFeatures(),
+    ld.ModuleFeatures(nn.Flatten(), "pixels", channels=1),
+]
 PRESETS = [ld.EDM, ld.DDPM, ld.VPrediction, ld.RectifiedFlow, ld.EDM2]
 
 FAMILIES = {
@@ -109,6 +136,8 @@ FAMILIES = {
     ld.LearningRate: LEARNING_RATES,
     ld.Representation: REPRESENTATIONS,
     ld.ClippingRule: CLIPPING_RULES,
+    ld.FeatureExtractor: FEATURE_EXTRACTORS,
+    ld.Network: NETWORKS,
 }
 
 

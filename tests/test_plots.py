@@ -8,7 +8,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from lightning_diffusion.plots import PALETTE, QUIET, label_right, style, width_curve
+from lightning_diffusion.plots import (
+    PALETTE,
+    QUIET,
+    QualityPoint,
+    label_right,
+    quality_curves,
+    style,
+    width_curve,
+)
 
 # Viénot, Brettel & Mollon 1999, in linear RGB: how the world looks without long- and without medium-wave cones
 DICHROMATS = {
@@ -72,3 +80,15 @@ def test_the_best_width_is_marked():
     (axes,) = figure.axes
     best = next(line for line in axes.lines if "best" in line.get_label())
     assert (best.get_xdata(), best.get_ydata()) == (0.1, 1.0)
+
+
+def test_quality_is_drawn_over_evaluations_as_one_curve_per_name_in_order():
+    points = [QualityPoint(*point) for point in [("a", 9, 2.0), ("a", 3, 8.0), ("b", 5, 3.0), ("a", 10, 1.5)]]
+    figure = quality_curves(points, "title")
+    (axes,) = figure.axes
+    drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    assert drawn == {"a": [(3, 8.0), (9, 2.0), (10, 1.5)], "b": [(5, 3.0)]}
+    assert list(axes.get_xticks()) == [3, 5, 9], "labels that would overlap are left out"
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
