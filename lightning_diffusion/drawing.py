@@ -46,7 +46,7 @@ class Drawing(nn.Module):
         """x_0_hat = denoiser(x_t, level), in the space of the representation.
 
         Args:
-            condition: {"label": int64 (B,)}; None is the null label.
+            condition: {"label": int64 (B,), "context": (B, T, D)}; what is left out is null.
             guidance: combines the denoisers with and without the condition.
             weights: online, ema, ema:NAME or FILE.safetensors.
 
@@ -57,7 +57,7 @@ class Drawing(nn.Module):
         conditional = partial(self._denoise, network, dict(condition or {}))
         if guidance is None:
             return conditional
-        if not self.num_classes:
+        if not self.num_classes and not getattr(self.network, "context_dim", 0):
             raise ValueError(
                 f"{guidance} needs a null label, and {type(self.network).__name__} has no classes. Sample without "
                 "guidance, or train the network with num_classes and label_dropout."

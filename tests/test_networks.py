@@ -1,4 +1,4 @@
-"""Networks: shapes, a start at zero, conditions that matter, one graph."""
+"""Networks: shapes, a start at zero, conditions that matter."""
 
 import pytest
 import torch
@@ -68,13 +68,6 @@ def test_embedding_is_float32_in_a_bfloat16_network():
     network = small().bfloat16()
     assert network.noise(torch.tensor([999.0])).dtype == torch.float32
     assert network(torch.zeros(1, 1, 8, 8).bfloat16(), torch.zeros(1)).dtype == torch.bfloat16
-
-
-def test_forward_traces_in_one_graph():
-    network = woken(small(num_classes=3))
-    compiled = torch.compile(network, backend="eager", fullgraph=True)
-    arguments = torch.randn(2, 1, 8, 8), torch.zeros(2), torch.tensor([0, 3])
-    assert_close(compiled(*arguments), network(*arguments))
 
 
 def test_odd_width_is_refused():

@@ -14,17 +14,20 @@ from lightning_diffusion.recording import Recorded
 class Network(Recorded, nn.Module, ABC):
     """F(x, c_noise, **condition), of the shape of x.
 
-    Conditions are the keywords that `forward` declares. Labels are int64 (B,), the null label is `num_classes`.
+    Conditions are the keywords that `forward` declares. Labels are int64 (B,), the null label is `num_classes`; context
+    is embeddings (B, T, context_dim) from anywhere, the null context is zeros.
 
     Attributes:
         image_shape: (C, H, W) of x without the batch.
         num_classes: 0 if there are no labels.
+        context_dim: 0 if there is no context.
         float32_modules: patterns of the names of parts that precision plugins keep in float32, besides those that
             they keep in any network.
     """
 
     image_shape: tuple[int, ...]
     num_classes: int = 0
+    context_dim: int = 0
     float32_modules: tuple[str, ...] = ()
 
     @abstractmethod

@@ -209,7 +209,8 @@ class Block(nn.Module):
         modulation: Tensor = self.modulation(embedding)[:, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, rotation)
-        return x + gate2 * self.feed_forward(self.norm2(x) * (1 + scale2) + shift2)
+        y: Tensor = self.feed_forward(self.norm2(x) * (1 + scale2) + shift2)
+        return x + gate2 * y
 
 
 def norm(width: int, options: DiTOptions) -> nn.Module:
