@@ -14,6 +14,7 @@ from lightning_diffusion.callbacks.last_checkpoint import LastCheckpoint
 from lightning_diffusion.callbacks.loss_scale_monitor import LossScaleMonitor
 from lightning_diffusion.callbacks.noise_level_monitor import NoiseLevelMonitor
 from lightning_diffusion.callbacks.power_function_ema import PostHocEMA, PowerFunctionEMA
+from lightning_diffusion.callbacks.precision_audit import PrecisionAudit
 from lightning_diffusion.callbacks.progress import TrainingProgress
 from lightning_diffusion.callbacks.run_summary import RunSummary
 from lightning_diffusion.callbacks.sample_grid import SampleGrid
@@ -31,6 +32,7 @@ __all__ = [
     "NoiseLevelMonitor",
     "PostHocEMA",
     "PowerFunctionEMA",
+    "PrecisionAudit",
     "RunSummary",
     "SampleGrid",
     "SaveOnSignal",

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightning_diffusion.analysis.magnitude_chart import magnitude_chart
 from lightning_diffusion.analysis.operator_recorder import Phase
-from lightning_diffusion.analysis.precision_audit import Audit, PrecisionReport
+from lightning_diffusion.analysis.precision_audit import Audit
+from lightning_diffusion.analysis.precision_report import PrecisionReport
 from lightning_diffusion.callbacks.gradient_callback import scaler_of
 from lightning_diffusion.drawing import Drawing
 from lightning_diffusion.guidance import ClassifierFree
@@ -37,7 +38,9 @@ class PrecisionAudit(Callback):
 
     def __init__(self, steps: int = 3, write: bool = True) -> None:
         if steps < 1:
-            raise ValueError(f"Found steps={steps}; expected at least 1. To audit nothing, leave PrecisionAudit out.")
+            raise ValueError(
+                f"Found steps={steps}; expected at least 1. To audit nothing, leave PrecisionAudit out."
+            )
         self.steps, self.write = steps, write
         self.report: PrecisionReport | None = None
         self._audit: Audit | None = None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_diffusion.analysis.precision_audit import OperatorRecord, PrecisionReport
+    from lightning_diffusion.analysis.precision_report import OperatorRecord, PrecisionReport
 
 MOST_LAYERS = 60
 
@@ -91,7 +91,11 @@ def _draw(axes: Axes, magnitudes: Sequence[LayerMagnitude], layers: Sequence[str
 
 def _limits(axes: Axes, f: NumberFormat) -> None:
     """Where float16 ends; bfloat16 reaches as far as float32, beyond the picture."""
-    for x, name in ((f.smallest_subnormal, "zero"), (f.smallest_normal, "subnormal"), (f.largest, "infinite")):
+    for x, name in (
+        (f.smallest_subnormal, "zero"),
+        (f.smallest_normal, "subnormal"),
+        (f.largest, "infinite"),
+    ):
         axes.axvline(x, color=PALETTE[3], linewidth=1.0, linestyle="--")
         side = "left" if name == "infinite" else "right"
         axes.annotate(name, (x, 0.0), (2 if side == "left" else -2, 3), xycoords=("data", "axes fraction"),

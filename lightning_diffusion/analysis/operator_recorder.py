@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_diffusion.analysis.magnitudes import FLOATS, Magnitudes
 from lightning_diffusion.analysis.module_calls import Call, ModuleCalls
-from lightning_diffusion.analysis.operator_table import CASTS, CONSTANTS, LOW, VIEWS, Rule
-from lightning_diffusion.analysis.seen import Place, low_buffers, of_loss, of_operator, of_output
+from lightning_diffusion.analysis.operator_table import CASTS, CONSTANTS, LOW, VIEWS
+from lightning_diffusion.analysis.seen import Note, low_buffers, of_loss, of_operator, of_output
 from lightning_diffusion.analysis.tensor_lineage import Lineage, Mark, Origin
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_overrideable"}
@@ -55,7 +55,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.operations: dict[Operation, Magnitudes] = {}
         self.changed_buffers: list[str] = []
-        self.seen: dict[tuple[Rule, Place], Operation] = {}
+        self.seen: dict[Note, Operation] = {}
         self.phase = Phase.FORWARD
         self._calls = ModuleCalls(root, self._note_output)
         self._lineage = Lineage()
@@ -74,8 +74,8 @@ class Recorder(TorchDispatchMode):
 
     def note_loss(self, loss: Tensor) -> None:
         """Tell what backward begins with."""
-        if of_loss(loss, self._lineage):
-            self._note(of_loss(loss, self._lineage), Operation("", Phase.FORWARD, "loss", (), (_name(loss),)))
+        operation = Operation("", Phase.FORWARD, "loss", (), (_name(loss),))
+        self._note(of_loss(loss, self._lineage), operation)
 
     def next_step(self) -> None:
         """Note buffers that the step has changed; free what nobody needs any longer."""
@@ -84,7 +84,11 @@ class Recorder(TorchDispatchMode):
         self._lineage.forget()
 
     def __torch_dispatch__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if any(is_traceable_wrapper_subclass_type(t) for t in types):
             return NotImplemented
@@ -118,7 +122,11 @@ class Recorder(TorchDispatchMode):
         magnitudes = self.operations.setdefault(place, Magnitudes())
         magnitudes.calls += 1
         finite = [magnitudes.add(x) for x in outputs]
-        if not all(finite) and operator not in CONSTANTS and all(_finite(x) for x in _untouched(inputs, outputs)):
+        if (
+            not all(finite)
+            and operator not in CONSTANTS
+            and all(_finite(x) for x in _untouched(inputs, outputs))
+        ):
             magnitudes.overflows += 1
         magnitudes.reduced = max(magnitudes.reduced, _reduced(operator, args, inputs, outputs))
         self._count_flushed(magnitudes, operator, inputs, outputs)
@@ -145,15 +153,14 @@ class Recorder(TorchDispatchMode):
         elif operator in _ELEMENTWISE_PRODUCTS and after.data_ptr() not in {x.data_ptr() for x in inputs}:
             factors = inputs if operator == "mul" else inputs[:1]
             magnitudes.add_flushed(_all_nonzero(factors).expand(after.shape), after)
-        elif operator in _PRODUCTS and not bool(after.any()):
-            if all(bool(x.any()) for x in inputs[-2:]):
-                magnitudes.add_flushed(torch.ones_like(after, dtype=torch.bool), after)
+        elif operator in _PRODUCTS and not bool(after.any()) and all(bool(x.any()) for x in inputs[-2:]):
+            magnitudes.add_flushed(torch.ones_like(after, dtype=torch.bool), after)
 
     def _may_be_small(self, x: Tensor) -> bool:
         origins = {mark.origin for mark in self._lineage.of(x)}
         return bool(origins & {Origin.PARAMETER, Origin.PROBABILITY})
 
-    def _note(self, note: tuple[Rule, Place] | None, operation: Operation) -> None:
+    def _note(self, note: Note | None, operation: Operation) -> None:
         if note is not None:
             self.seen.setdefault(note, operation)
 
@@ -161,8 +168,9 @@ class Recorder(TorchDispatchMode):
         if self._calls.in_backward:
             return
         for x in _floats(output):
-            note = of_output(call, _floats(inputs), x)
-            self._note(note, Operation(call.path, self.phase, "output", tuple(map(_name, _floats(inputs))), (_name(x),)))
+            types = tuple(map(_name, _floats(inputs)))
+            operation = Operation(call.path, self.phase, "output", types, (_name(x),))
+            self._note(of_output(call, _floats(inputs), x), operation)
             if _name(x) in LOW and (call.caller == 0 or any(True for _ in call.module.children())):
                 self._lineage.mark(x, [Mark(Origin.OUTPUT, call.path, _name(x), call.caller)])
 
@@ -172,7 +180,10 @@ def _in_optimizer() -> bool:
     frame = sys._getframe(3)
     while frame is not None:
         package = str(frame.f_globals.get("__name__", "")).split(".")
-        if package[0] in ("lightning", "pytorch_lightning", "lightning_diffusion") or package[:2] == ["torch", "optim"]:
+        if package[0] in ("lightning", "pytorch_lightning", "lightning_diffusion") or package[:2] == [
+            "torch",
+            "optim",
+        ]:
             return package[0] == "torch"
         frame = frame.f_back  # type: ignore[assignment]
     return False
@@ -212,7 +223,9 @@ def _all_nonzero(factors: Sequence[Tensor]) -> Tensor:
     return nonzero
 
 
-def _reduced(operator: str, args: tuple[Any, ...], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+def _reduced(
+    operator: str, args: tuple[Any, ...], inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> float:
     """Elements that one output sums up."""
     if not inputs or not outputs or not outputs[0].numel():
         return 1

@@ -97,14 +97,15 @@ UNDERFLOW = Rule("underflow", _W, "Values flushed to zero", "what is zero teache
 MASTER = Rule(
     "master-weights", _E, "Weights that the optimizer steps", "updates below 1/512 of a weight are lost"
 )
-STATE = Rule("optimizer-state", _W, "The optimizer's state", "averages of gradients stand still once they are 256 times a change")  # fmt: skip
+STATE = Rule("optimizer-state", _W, "The optimizer's state", "its averages of gradients stand still")
 UNKNOWN = Rule(
     "unknown-kernel", _N, "A kernel that this table does not know", "what it computes in cannot be seen"
 )
 
 _NAMES: dict[Rule, str] = {
     NORMALISATION: "native_group_norm native_layer_norm native_batch_norm cudnn_batch_norm miopen_batch_norm "
-    "_native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update _fused_rms_norm batch_norm_stats",
+    "_native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update _fused_rms_norm "
+    "batch_norm_stats",
     DEVIATION: "var std var_mean std_mean linalg_vector_norm norm renorm dist _cdist_forward _weight_norm_interface "
     "batch_norm_gather_stats batch_norm_gather_stats_with_counts linalg_norm",
     SOFTMAX: "_softmax _safe_softmax _log_softmax _sparse_softmax _masked_softmax",
@@ -130,19 +131,28 @@ NORMS = {
 }
 """What makes a gradient norm of gradients."""
 
-VIEWS = set(
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+VIEWS = _names(
     "view _unsafe_view reshape _reshape_alias t transpose permute expand slice select split split_with_sizes chunk "
     "unbind squeeze unsqueeze detach alias as_strided unfold narrow diagonal lift_fresh numpy_T view_as_real "
-    "view_as_complex empty empty_like empty_strided new_empty new_empty_strided resize_ set_".split()
+    "view_as_complex empty empty_like empty_strided new_empty new_empty_strided resize_ set_"
 )
 """Operators that compute nothing."""
 
-COPIES = set("_to_copy clone copy contiguous cat stack index gather index_select flip roll constant_pad_nd repeat "
-             "masked_fill where tril triu pin_memory".split())  # fmt: skip
+COPIES = _names(
+    "_to_copy clone copy contiguous cat stack index gather index_select flip roll constant_pad_nd repeat masked_fill "
+    "where tril triu pin_memory"
+)
 CASTS = {"_to_copy", "copy"}
 PRODUCTS = {"bmm", "baddbmm", "mm", "addmm"}
-CONSTANTS = set("fill full full_like zero zeros ones zeros_like ones_like masked_fill where scalar_tensor new_zeros new_full "
-                "new_ones log".split())  # fmt: skip
+CONSTANTS = _names(
+    "fill full full_like zero zeros ones zeros_like ones_like masked_fill where scalar_tensor new_zeros new_full "
+    "new_ones log"
+)
 """Operators that put infinity where it is asked for."""
 
 KNOWN = {

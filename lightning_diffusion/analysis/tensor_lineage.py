@@ -12,7 +12,15 @@ from typing import NamedTuple
 from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_diffusion.analysis.operator_table import COPIES, LOSS, LOW, PRODUCTS, REDUCTION, SOFTMAX, rule_of
+from lightning_diffusion.analysis.operator_table import (
+    COPIES,
+    LOSS,
+    LOW,
+    PRODUCTS,
+    REDUCTION,
+    SOFTMAX,
+    rule_of,
+)
 
 
 class Origin(StrEnum):
@@ -36,11 +44,51 @@ class Mark(NamedTuple):
     caller: int = 0
 
 
-ARITHMETIC = set(
-    "add sub rsub mul div neg abs clamp clamp_min clamp_max pow exp exp2 log sqrt rsqrt tanh sigmoid square lerp "
-    "maximum minimum addcmul addcdiv reciprocal sin cos logsumexp amax max".split()
-)
-_REDUCTIONS = set("sum mean amax logsumexp var std linalg_vector_norm norm prod nanmean".split())
+ARITHMETIC = {
+    *(
+        "add",
+        "sub",
+        "rsub",
+        "mul",
+        "div",
+        "neg",
+        "abs",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "maximum",
+        "minimum",
+        "lerp",
+    ),
+    *(
+        "addcmul",
+        "addcdiv",
+        "reciprocal",
+        "pow",
+        "exp",
+        "exp2",
+        "log",
+        "sqrt",
+        "rsqrt",
+        "tanh",
+        "sigmoid",
+        "sin",
+        "cos",
+    ),
+    *("logsumexp", "amax", "max"),
+}
+_REDUCTIONS = {
+    "sum",
+    "mean",
+    "nanmean",
+    "amax",
+    "logsumexp",
+    "var",
+    "std",
+    "linalg_vector_norm",
+    "norm",
+    "prod",
+}
 _THROUGH_ARITHMETIC = {Origin.PRODUCT, Origin.REDUCED, Origin.ROUNDED}
 NONE: frozenset[Mark] = frozenset()
 
@@ -91,7 +139,9 @@ class Lineage:
         if operator in ARITHMETIC:
             kept = {mark for mark in marks if mark.origin in _THROUGH_ARITHMETIC}
             kept |= {m for m in frozenset.intersection(*before) if m.origin is Origin.PARAMETER}
-            return kept | (self._scaled(marks) if operator in ("mul", "div") and _by_number(inputs) else set())
+            return kept | (
+                self._scaled(marks) if operator in ("mul", "div") and _by_number(inputs) else set()
+            )
         if operator in _REDUCTIONS:
             return {mark for mark in marks if mark.origin is Origin.REDUCED}
         return set()

@@ -11,7 +11,7 @@ from lightning_diffusion.commands.errors import suggestion
 if TYPE_CHECKING:
     from lightning_diffusion.analysis.findings import Examination
 
-EXAMINATIONS: dict[str, str] = {}
+EXAMINATIONS: dict[str, str] = {"precision": "PrecisionExamination", "memory": "MemoryExamination"}
 """Name, which is that of a module in this folder, to the class in it."""
 
 

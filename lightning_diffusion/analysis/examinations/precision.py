@@ -1,0 +1,81 @@
+"""What the first steps compute in which number format, and which precision this machine should use."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from lightning_diffusion.analysis.findings import Examination, Finding, Picture, Section, Severity, Table
+from lightning_diffusion.analysis.magnitude_chart import magnitude_chart
+from lightning_diffusion.analysis.number_formats import (
+    Hardware,
+    Recommendation,
+    hardware_of,
+    recommended_precision,
+)
+from lightning_diffusion.analysis.operator_table import LOW
+from lightning_diffusion.analysis.patient import Patient
+from lightning_diffusion.analysis.precision_examination import audited
+from lightning_diffusion.analysis.precision_report import PrecisionReport
+from lightning_diffusion.callbacks.gradient_callback import GradientCallback
+
+STEPS = 3
+_ROWS = 10
+
+
+class PrecisionExamination(Examination):
+    """Audits three training steps, clipping among them, and a guided sample."""
+
+    name = "precision"
+
+    def __call__(self, patient: Patient) -> Section:
+        clipping = [copy.deepcopy(c) for c in patient.trainer.callbacks if isinstance(c, GradientCallback)]
+        steps = min(STEPS, patient.steps)
+        report = audited(patient.prepared(), patient.data, patient.trainer, steps, clipping)
+        hardware = hardware_of("cuda" if torch.cuda.is_available() else "cpu")
+        advice = recommended_precision(hardware)
+        tables = (_formats(report, hardware, advice), _closest(report))
+        chart = Picture("Magnitudes by layer", lambda dark: magnitude_chart(report))
+        return Section(self.name, (*report.findings, *_advised(report, hardware, advice)), tables, (chart,))
+
+
+def _advised(report: PrecisionReport, hardware: Hardware, advice: Recommendation) -> tuple[Finding, ...]:
+    if report.precision == advice.precision:
+        return ()
+    plugin = (
+        f"trainer.plugins: [{{class_path: DiffusionPrecision, init_args: {{precision: {advice.precision}}}}}]"
+    )
+    remedy = "trainer.precision: 32-true" if advice.precision == "32-true" else plugin
+    title = f"This machine's {hardware.kind} should train in {advice.precision}."
+    evidence = f"found {report.precision}; {advice.reason}"
+    return (Finding("hardware", Severity.NOTE, title, evidence, remedy),)
+
+
+def _formats(report: PrecisionReport, hardware: Hardware, advice: Recommendation) -> Table:
+    rows = (
+        ("audited", f"{report.precision} on {report.device}, {report.steps} steps"),
+        ("bfloat16 in hardware", "yes" if hardware.bfloat16 else "no"),
+        ("float16 in hardware", "yes" if hardware.float16 else "no"),
+        ("recommended", f"{advice.precision}: {advice.reason}"),
+    )
+    return Table("Precision", ("", ""), rows)
+
+
+def _closest(report: PrecisionReport) -> Table:
+    """Operators in 16 bits by how close they come to the end of their format."""
+    low = [r for r in report.records if r.largest and any(name in LOW for name in r.outputs)]
+    worst = sorted(low, key=lambda r: -r.relative)[:_ROWS]
+    rows = tuple(
+        (
+            r.module,
+            r.phase,
+            r.operator,
+            " ".join(dict.fromkeys(r.outputs)),
+            f"{r.largest:.3g}",
+            f"{r.relative:.1e}",
+        )
+        for r in worst
+    )
+    header = ("module", "phase", "operator", "type", "largest", "over the format's largest")
+    return Table("Closest to the largest number of their format", header, rows)
