@@ -11,7 +11,8 @@ from lightning_diffusion.callbacks.gradient_callback import logs_this_step, scal
 from lightning_diffusion.callbacks.level_references import Measurements, measure, over_processes, references
 from lightning_diffusion.callbacks.noise_level_picture import noise_level_picture
 from lightning_diffusion.callbacks.pictures import show
-from lightning_diffusion.level_statistics import LevelBins, LevelHistory, LevelRecord, LevelStatistics
+from lightning_diffusion.level_records import LevelHistory, LevelRecord
+from lightning_diffusion.level_statistics import LevelBins, LevelStatistics
 from lightning_diffusion.objective import Report
 from lightning_diffusion.output_gradients import OutputGradients
 
@@ -110,12 +111,11 @@ class NoiseLevelMonitor(Callback):
         if trainer.fit_loop._should_accumulate():
             return
         if logs_this_step(trainer):
-            pl_module.log_dict(self._named(self._close_window(trainer)), on_step=True, on_epoch=False)
+            self._log(trainer, self._named(self._close_window(trainer)))
         if trainer.global_step % self.picture_every_n_steps == 0:
             self._draw(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close_window(trainer)
         self._draw(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,6 +158,12 @@ class NoiseLevelMonitor(Callback):
         self._began = trainer.global_step
         return record
 
+    def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """To the loggers alone: what a module logs once is logged again in windows where it is not known."""
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step)
+
     def _named(self, record: LevelRecord) -> dict[str, float]:
         """What is known, by the names of the curves."""
         series = {name: getattr(record, name) for name in SERIES}
@@ -170,9 +176,14 @@ class NoiseLevelMonitor(Callback):
         }
 
     def _draw(self, trainer: Trainer) -> None:
-        if trainer.is_global_zero and self.history.records and trainer.global_step != self._drawn_at:
-            self._drawn_at = trainer.global_step
-            show(trainer, noise_level_picture(self.history, self.bins, self._measured.names), "noise_levels")
+        """With the window that has begun, which goes on."""
+        if trainer.global_step == self._drawn_at:
+            return
+        self._drawn_at = trainer.global_step
+        now = self._statistics.record(over_processes(trainer, "sum"))
+        shown = self.history.followed_by(self._began, trainer.global_step, now)
+        if trainer.is_global_zero and shown.records:
+            show(trainer, noise_level_picture(shown, self.bins, self._measured.names), "noise_levels")
 
 
 def _checked(pl_module: LightningModule) -> Report:

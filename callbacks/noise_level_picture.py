@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lightning_diffusion.level_statistics import LevelBins, LevelHistory, LevelRecord
+from lightning_diffusion.level_records import LevelHistory, LevelRecord
+from lightning_diffusion.level_statistics import LevelBins
 from lightning_diffusion.plots import style
 
 Array = NDArray[np.float64]

@@ -19,17 +19,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_diffusion.level_records import ENERGY, GRADIENTS, KNOWN, PAIRED, PAIRS, LevelRecord
 from lightning_diffusion.noise_level import NoiseLevel, cat
 
 Reference = Callable[[NoiseLevel], Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
-LOSS, SQUARE, COUNT, GRADIENTS, ENERGY, PAIRED, PAIRS, KNOWN = range(8)
 _TOGETHER = 32  # micro-batches whose scalars are summed at once
 _ELEMENTS = 2**22  # of all bins' summed gradients: 16 MiB
 
@@ -69,59 +69,6 @@ class LevelBins:
         return [f"below_{edges[0]}", *between, f"above_{edges[-1]}"]
 
 
-class LevelRecord(NamedTuple):
-    """Sums over one window of training, float64 on the host, (bins, 8 + references), and what follows from them.
-
-    Every property has shape (bins,), NaN in bins where there are too few samples.
-    """
-
-    sums: Tensor
-
-    @property
-    def counts(self) -> Tensor:
-        """Samples."""
-        return self.sums[:, COUNT]
-
-    @property
-    def draws(self) -> int:
-        """Samples in all bins."""
-        return int(self.sums[:, COUNT].sum())
-
-    @property
-    def share(self) -> Tensor:
-        """Of all draws."""
-        return self.sums[:, COUNT] / self.sums[:, COUNT].sum()
-
-    @property
-    def loss(self) -> Tensor:
-        """Mean weighted loss."""
-        return self.sums[:, LOSS] / self.sums[:, COUNT]
-
-    @property
-    def loss_variance(self) -> Tensor:
-        """Of single samples."""
-        n = self.sums[:, COUNT]
-        return ((self.sums[:, SQUARE] / n - self.loss.square()).clamp(min=0) * n / (n - 1)).where(
-            n > 1, torch.nan
-        )
-
-    @property
-    def gradient_norm(self) -> Tensor:
-        """sqrt(E|g|^2)."""
-        return (self.sums[:, ENERGY] / self.sums[:, GRADIENTS]).sqrt()
-
-    @property
-    def gradient_snr(self) -> Tensor:
-        """|E g|^2 / tr Var g; below 0 by chance where there is no signal."""
-        signal = self.sums[:, PAIRED] / self.sums[:, PAIRS]
-        return signal / (self.gradient_norm.square() - signal)
-
-    def over(self, reference: int) -> Tensor:
-        """Mean loss over the mean of a reference at the same levels."""
-        known = self.sums[:, KNOWN + reference]
-        return (self.sums[:, LOSS] / known).where(known > 0, torch.nan)
-
-
 class LevelStatistics:
     """Sums since the last record.
 
@@ -157,19 +104,24 @@ class LevelStatistics:
             self._fold()
 
     @torch.no_grad()
-    def pop(self, reduce: Reduce = lambda x: x) -> LevelRecord:
-        """The record of what was added since the last one, over all processes; waits for the device.
+    def record(self, reduce: Reduce = lambda x: x) -> LevelRecord:
+        """Of what was added since the last `pop`, over all processes; waits for the device.
 
         Args:
             reduce: the sum of a tensor over all processes; may work in place.
         """
         sums, gradients = self._reduced(reduce)
-        self.clear()
         energy, n = sums[:, ENERGY], sums[:, GRADIENTS]
         if gradients is not None:
             sums[:, PAIRED] = gradients[:-1].double().square().sum(1) - energy
             sums[:, PAIRS] = n * (n - 1)
         return LevelRecord(sums)
+
+    def pop(self, reduce: Reduce = lambda x: x) -> LevelRecord:
+        """The record, after which a new one begins."""
+        record = self.record(reduce)
+        self.clear()
+        return record
 
     @torch.no_grad()
     def state_dict(self, reduce: Reduce = lambda x: x) -> dict[str, Tensor]:
@@ -226,7 +178,7 @@ class LevelStatistics:
         self._sums = sums + member.to(found).T @ found
 
     def _columns(self, loss: Tensor, level: NoiseLevel, energy: Tensor) -> Tensor:
-        """What is summed of every sample, shape (B, 8 + references)."""
+        """What is summed of every sample, shape (B, 7 + references)."""
         known = [reference(level) for reference in self.references]
         usable = torch.stack([loss, *known]).isfinite().all(0)
         has_gradient, nothing = energy.isfinite(), torch.zeros_like(loss)
@@ -239,46 +191,6 @@ class LevelStatistics:
     def _zeros(self, device: torch.device) -> Tensor:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         return torch.zeros(len(self.bins), self.columns, device=device, dtype=dtype)
-
-
-class LevelHistory:
-    """Records over a whole training, at most `limit`: when there are more, neighbours are added up.
-
-    Args:
-        limit: records that are kept, even.
-    """
-
-    def __init__(self, limit: int = 256) -> None:
-        self.limit = limit
-        self.steps: list[tuple[int, int]] = []
-        self.records: list[LevelRecord] = []
-
-    def add(self, first: int, last: int, record: LevelRecord) -> None:
-        """What happened after step `first` up to step `last`."""
-        self.steps.append((first, last))
-        self.records.append(record)
-        if len(self.records) > self.limit:
-            self._halve()
-
-    def _halve(self) -> None:
-        odd = len(self.records) % 2
-        pairs = range(0, len(self.records) - odd, 2)
-        records = [LevelRecord(self.records[i].sums + self.records[i + 1].sums) for i in pairs]
-        steps = [(self.steps[i][0], self.steps[i + 1][1]) for i in pairs]
-        self.records = records + self.records[len(self.records) - odd :]
-        self.steps = steps + self.steps[len(self.steps) - odd :]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
-            "steps": [list(ends) for ends in self.steps],
-            "sums": [record.sums for record in self.records],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from plain data."""
-        self.steps = [(first, last) for first, last in state["steps"]]
-        self.records = [LevelRecord(sums) for sums in state["sums"]]
 
 
 def _thinned(gradient: Tensor, at_most: int) -> tuple[Tensor, int]:

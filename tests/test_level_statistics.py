@@ -10,7 +10,8 @@ from sync_counter import SyncCounter
 from torch.testing import assert_close
 
 from lightning_diffusion import level_statistics
-from lightning_diffusion.level_statistics import LevelBins, LevelHistory, LevelRecord, LevelStatistics
+from lightning_diffusion.level_records import PAIRED, PAIRS, LevelHistory, LevelRecord
+from lightning_diffusion.level_statistics import LevelBins, LevelStatistics
 from lightning_diffusion.noise_level import NoiseLevel
 
 BINS = LevelBins(-4.0, 4.0, 4)
@@ -91,7 +92,7 @@ def test_the_signal_has_no_bias_where_there_is_none():
             torch.randn(4, 50, generator=generator, dtype=torch.float32),
         )
         sums = statistics.pop().sums[1]
-        found.append(float(sums[level_statistics.PAIRED] / sums[level_statistics.PAIRS]))
+        found.append(float(sums[PAIRED] / sums[PAIRS]))
     found = torch.tensor(found)
     assert abs(found.mean()) < 3 * found.std() / math.sqrt(len(found))
     assert found.std() < 10, "a biased estimate is 50 / 4 above"
@@ -105,7 +106,7 @@ def test_samples_that_are_not_finite_are_left_out_with_their_gradients():
     record = statistics.pop()
     assert (record.draws, float(record.loss[1])) == (2, 2.0)
     assert float(record.gradient_norm[1]) ** 2 == pytest.approx((1 + 2 + 9) / 3)
-    assert float(record.sums[1, level_statistics.PAIRED]) == pytest.approx(25 + 1 - 12)
+    assert float(record.sums[1, PAIRED]) == pytest.approx(25 + 1 - 12)
 
 
 def test_both_ends_are_open_and_bins_are_named_by_their_edges():

@@ -28,6 +28,7 @@ from lightning_diffusion.batches import LABEL, unpack
 from lightning_diffusion.callbacks import LastCheckpoint, RunSummary, SaveOnSignal, TrainingProgress
 from lightning_diffusion.commands.classes import forget_arguments_where_classes_change
 from lightning_diffusion.commands.errors import UnknownOptionError
+from lightning_diffusion.commands.loggers import tell_loggers, wandb_run_of
 from lightning_diffusion.commands.quiet import quiet
 from lightning_diffusion.commands.resuming import changes, value_of, with_configuration_of
 from lightning_diffusion.commands.writing import refuse_existing, write_images
@@ -86,6 +87,7 @@ class ResolvedConfig(SaveConfigCallback):
         path = Path(trainer.log_dir or trainer.default_root_dir, "config.yaml")
         opening = f"# lightning-diffusion fit --config {path}\n"
         write_atomically(path, lambda file: file.write((opening + text).encode()))
+        tell_loggers(trainer, path.parent, yaml.safe_load(text))
 
 
 class DiffusionCLI(LightningCLI):
@@ -233,7 +235,8 @@ class DiffusionCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            super()._run_subcommand(subcommand)
+            with wandb_run_of(self.folder):
+                super()._run_subcommand(subcommand)
         except BaseException:
             self._leave_if_stopped()
             if self._is_new_folder and self.folder and not self.trainer.global_step:
