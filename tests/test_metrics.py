@@ -1,3 +1,6 @@
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +66,26 @@ def test_frechet_distance_agrees_with_torch_fidelity_and_torchmetrics(skewed: tu
     ours = frechet_distance(real, generated).item()
     assert ours == pytest.approx(fidelity, rel=1e-9)
     assert ours == pytest.approx(metrics.item(), rel=1e-6)
+
+
+def test_figures_agree_on_features_that_another_program_wrote(tmp_path: Path) -> None:
+    """As benchmarks/metrics_agreement.py does at full size."""
+    file = Path(__file__).resolve().parents[1] / "benchmarks" / "metrics_agreement.py"
+    described = spec_from_file_location("metrics_agreement", file)
+    assert described is not None
+    assert described.loader is not None
+    agreement = module_from_spec(described)
+    described.loader.exec_module(agreement)
+    agreement.write(tmp_path, sizes=(200, 200), large=0)
+    different = agreement.differences(
+        {program: agreement.read(program, tmp_path) for program in agreement.PROGRAMS}
+    )
+    assert {(figure, program) for _, figure, program in different} >= {
+        (figure, program)
+        for figure in ("frechet", "kernel")
+        for program in ("torch-fidelity", "torchmetrics")
+    }
+    assert max(different.values()) < 1e-3
 
 
 def test_a_set_is_at_distance_zero_from_itself_even_with_a_constant_feature(
