@@ -5,7 +5,7 @@
 All arms clip the same gradients of one U-Net in one process, one call each per round, in an order that rotates;
 gradients are put back before every call, outside the clock. A figure is the median over rounds, a ratio the median
 of paired ratios to clip_grad_norm_(foreach=True), both with quartiles. On the CPU only what is over its bound is
-multiplied, so the share of units over it, in the columns, matters; `no branches` is the form for accelerators.
+multiplied, so the share of units over it, the columns, matters; `no branches` is the form for accelerators.
 """
 
 from __future__ import annotations
@@ -125,13 +125,14 @@ def main() -> None:
     for size in options.sizes:
         parameters = list(network(size).parameters())
         count = sum(p.numel() for p in parameters) / 1e6
-        print(f"\n{count:.1f} M parameters in {len(parameters)} tensors, {torch.get_num_threads()} threads\n")
-        print("| units over their bound | | ms | times clip_grad_norm_ |\n|---|---|---|---|")
-        for share in SHARES:
-            times = measure(parameters, share, options.rounds)
-            for name, t in times.items():
-                ratio = spread(t / times["torch clip_grad_norm_"], 2)
-                print(f"| {share:.0%} | {name} | {spread(t, 2)} | {ratio} |")
+        found = [measure(parameters, share, options.rounds) for share in SHARES]
+        baseline = ", ".join(spread(times["torch clip_grad_norm_"], 1) for times in found)
+        print(f"\n{count:.1f} M parameters, {torch.get_num_threads()} threads; clip_grad_norm_ takes {baseline} ms\n")
+        print("| times clip_grad_norm_ |", " | ".join(f"{share:.0%} over" for share in SHARES), "|")
+        print("|---|---|---|---|")
+        for name in found[0]:
+            ratios = [spread(times[name] / times["torch clip_grad_norm_"], 2) for times in found]
+            print(f"| {name} |", " | ".join(ratios), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -73,4 +73,4 @@ class VarianceExploding(Schedule):
     """alpha = 1."""
 
     def at(self, log_snr: Tensor) -> NoiseLevel:
-        return NoiseLevel(torch.ones_like(log_snr), (-log_snr / 2).exp())
+        return NoiseLevel(torch.ones_like(log_snr), (log_snr / -2).exp())

@@ -79,8 +79,9 @@ class RandomKey:
         samples = batch * self.world_size
         n, window = samples * self.accumulate, self.batch // self.accumulate
         shift = hash_seed(self.seed, purpose, "shift", self.epoch, window) % n
-        place = torch.arange(self.rank, samples, self.world_size) * self.accumulate
-        stratum = (place + (self.batch % self.accumulate + shift)) % n
+        first = self.rank * self.accumulate + self.batch % self.accumulate + shift
+        step = self.world_size * self.accumulate
+        stratum = torch.arange(first, first + batch * step, step) % n
         return self.uniform(purpose, batch).add_(stratum).div_(n)
 
 
