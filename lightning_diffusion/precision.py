@@ -243,7 +243,8 @@ def _low_precision_modules(module: nn.Module) -> list[nn.Module]:
 
 
 def _strategy(module: nn.Module) -> Any:
-    return module.trainer.strategy if isinstance(module, LightningModule) else None
+    trainer = getattr(module, "_trainer", None)
+    return None if trainer is None else trainer.strategy
 
 
 def _device_type(module: nn.Module) -> str:

@@ -85,7 +85,7 @@ def bytes_of(text: str) -> int:
 
 def _examined(patient: Any, only: list[str] | None) -> Report:
     from lightning_diffusion.analysis.doctor import examine
-    from lightning_diffusion.commands.waiting import Waiting
+    from lightning_diffusion.waiting import Waiting
 
     with Waiting(len(chosen(only)), "examinations") as waiting:
         return examine(patient, only, lambda name: waiting.advance(1))
