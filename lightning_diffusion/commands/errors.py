@@ -16,7 +16,12 @@ from collections.abc import Iterable
 from importlib import import_module
 from types import TracebackType
 
-_CHECKED_BY = ("lightning_diffusion", "lightning.pytorch.trainer.connectors")
+_CHECKED_BY = (
+    "lightning_diffusion",
+    "lightning.pytorch.trainer.connectors",
+    "lightning.pytorch.loggers",
+    "lightning.fabric.loggers",
+)
 _MEANT = (ValueError, TypeError, OSError, ImportError)
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
