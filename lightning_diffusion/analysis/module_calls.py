@@ -35,6 +35,11 @@ class Call:
     caller: int = 0
     backward: int = OUTSIDE
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether the module is made of others."""
+        return self.module is not None and any(True for _ in self.module.children())
+
 
 class ModuleCalls:
     """Follows the calls of all modules while it is watching.
@@ -74,7 +79,7 @@ class ModuleCalls:
     def note_node(self) -> None:
         """An operator was called: autograd has just made its node, if it needs one."""
         if not self.in_backward:
-            self._made.setdefault(torch.autograd._get_sequence_nr() - 1, self.current.path)
+            self._made.setdefault(torch.autograd._get_sequence_nr() - 1, self.current.path)  # type: ignore[attr-defined]
 
     def watch(self) -> None:
         """Begin to follow calls."""

@@ -42,7 +42,7 @@ class Operation(NamedTuple):
     outputs: tuple[str, ...]
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records while it is active; what is computed does not change.
 
     Args:
@@ -52,7 +52,7 @@ class Recorder(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, root: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: dict[Operation, Magnitudes] = {}
         self.changed_buffers: list[str] = []
         self.seen: dict[Note, Operation] = {}
@@ -65,11 +65,11 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> Recorder:
         self._calls.watch()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         self._calls.stop()
 
     def note_loss(self, loss: Tensor) -> None:
@@ -171,7 +171,7 @@ class Recorder(TorchDispatchMode):
             types = tuple(map(_name, _floats(inputs)))
             operation = Operation(call.path, self.phase, "output", types, (_name(x),))
             self._note(of_output(call, _floats(inputs), x), operation)
-            if _name(x) in LOW and (call.caller == 0 or any(True for _ in call.module.children())):
+            if _name(x) in LOW and (call.caller == 0 or call.has_parts):
                 self._lineage.mark(x, [Mark(Origin.OUTPUT, call.path, _name(x), call.caller)])
 
 

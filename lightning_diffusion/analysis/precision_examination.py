@@ -58,7 +58,10 @@ def audited(
 
 
 def _loaded(data: Any) -> Any:
-    return DataLoader(list(data), batch_size=None) if isinstance(data, (list, tuple)) else data
+    if not isinstance(data, (list, tuple)):
+        return data
+    dataset: Any = list(data)
+    return DataLoader(dataset, batch_size=None)
 
 
 @torch.no_grad()

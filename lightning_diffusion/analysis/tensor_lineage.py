@@ -108,11 +108,13 @@ class Lineage:
         marks = frozenset(marks)
         if marks:
             storage = _storage(x)
-            self._marks[storage._cdata] = (StorageWeakRef(storage), self.of(x) | marks)
+            self._marks[storage._cdata] = (StorageWeakRef(storage), self.of(x) | marks)  # type: ignore[no-untyped-call]
 
     def forget(self) -> None:
         """Free what nobody holds."""
-        self._marks = {key: held for key, held in self._marks.items() if not held[0].expired()}
+        expired = [key for key, (memory, _) in self._marks.items() if memory.expired()]  # type: ignore[no-untyped-call]
+        for key in expired:
+            del self._marks[key]
 
     def follow(self, operator: str, module: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Marks of an operator's outputs, from its inputs, all of them floating-point."""
