@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_diffusion.callbacks.pictures import show
+from lightning_diffusion.guidance import Guidance
 from lightning_diffusion.plots import image_grid
 
 
@@ -28,6 +29,7 @@ class SampleGrid(Callback):
         weights: `online`, `ema`, `ema:NAME` or a file; None: `ema` where there are averages, else `online`.
         seed: of the noise; equal seeds show the same noise in every picture and run.
         scale: enlargement of each image; None: small images to about 48 pixels.
+        guidance: such as ClassifierFree(1.5) or AutoGuidance(CHECKPOINT); None draws without.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class SampleGrid(Callback):
         weights: str | None = None,
         seed: int = 0,
         scale: int | None = None,
+        guidance: Guidance | None = None,
     ) -> None:
         for name, value in {"every_n_steps": every_n_steps, "rows": rows, "columns": columns}.items():
             if value < 1:
@@ -46,6 +49,7 @@ class SampleGrid(Callback):
                 )
         self.every_n_steps, self.rows, self.columns = every_n_steps, rows, columns
         self.weights, self.seed, self.scale = weights, seed, scale
+        self.guidance = guidance
         self._drawn_at = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -78,7 +82,10 @@ class SampleGrid(Callback):
         label = torch.arange(rows).repeat_interleave(self.columns)
         condition = {"label": label} if getattr(pl_module, "num_classes", 0) else None
         with torch.random.fork_rng([pl_module.device] if pl_module.device.type == "cuda" else []):
-            images: Tensor = pl_module.sample(len(label), condition, weights=weights, seed=self.seed)
+            guided = {} if self.guidance is None else {"guidance": self.guidance}
+            images: Tensor = pl_module.sample(
+                len(label), condition, weights=weights, seed=self.seed, **guided
+            )
         return images
 
     def _show(self, trainer: Trainer, images: Tensor) -> None:

@@ -74,6 +74,8 @@ _PUBLIC = {
     ],
     "sampling": ["DDIM", "Ancestral", "Churn", "DPMSolver2M", "Euler", "Heun", "Sampler"],
     "guidance": ["ClassifierFree", "Guidance"],
+    "autoguidance": ["AutoGuidance"],
+    "exported": ["export_safetensors", "load_module"],
     "features": ["FeatureExtractor", "InceptionFeatures", "ModuleFeatures"],
     "classifier_features": ["ClassifierFeatures"],
     "adapters": ["dit_from_state_dict", "edm2_from_state_dict"],

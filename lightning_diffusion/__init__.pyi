@@ -1,4 +1,6 @@
 # written by `python tests/test_package.py`
+from lightning_diffusion.adapters import dit_from_state_dict as dit_from_state_dict
+from lightning_diffusion.adapters import edm2_from_state_dict as edm2_from_state_dict
 from lightning_diffusion.adaptive_density import AdaptiveDensity as AdaptiveDensity
 from lightning_diffusion.analysis.decoders import DiscreteDecoder as DiscreteDecoder
 from lightning_diffusion.analysis.decoders import GaussianDecoder as GaussianDecoder
@@ -14,6 +16,7 @@ from lightning_diffusion.analysis.mmse import module_mmse_curve as module_mmse_c
 from lightning_diffusion.autoencoders import Autoencoder as Autoencoder
 from lightning_diffusion.autoencoders import DiffusersAutoencoder as DiffusersAutoencoder
 from lightning_diffusion.autoencoders import PretrainedAutoencoder as PretrainedAutoencoder
+from lightning_diffusion.autoguidance import AutoGuidance as AutoGuidance
 from lightning_diffusion.averaging import load_averaged as load_averaged
 from lightning_diffusion.classifier_features import ClassifierFeatures as ClassifierFeatures
 from lightning_diffusion.densities import Density as Density
@@ -22,6 +25,8 @@ from lightning_diffusion.densities import LogNormalSigma as LogNormalSigma
 from lightning_diffusion.densities import LogUniformSigma as LogUniformSigma
 from lightning_diffusion.densities import Truncated as Truncated
 from lightning_diffusion.densities import UniformSigma as UniformSigma
+from lightning_diffusion.exported import export_safetensors as export_safetensors
+from lightning_diffusion.exported import load_module as load_module
 from lightning_diffusion.features import FeatureExtractor as FeatureExtractor
 from lightning_diffusion.features import InceptionFeatures as InceptionFeatures
 from lightning_diffusion.features import ModuleFeatures as ModuleFeatures
@@ -45,6 +50,10 @@ from lightning_diffusion.learning_rates import WarmupInverseSquareRoot as Warmup
 from lightning_diffusion.learning_rates import WarmupLinear as WarmupLinear
 from lightning_diffusion.loss_scaling import LossScaling as LossScaling
 from lightning_diffusion.module import DiffusionModule as DiffusionModule
+from lightning_diffusion.networks import DiT as DiT
+from lightning_diffusion.networks import DiTOptions as DiTOptions
+from lightning_diffusion.networks import DiTSize as DiTSize
+from lightning_diffusion.networks import MagnitudePreservingUNet as MagnitudePreservingUNet
 from lightning_diffusion.networks import Network as Network
 from lightning_diffusion.networks import UNet as UNet
 from lightning_diffusion.noise_level import NoiseLevel as NoiseLevel

@@ -47,7 +47,7 @@ class Drawing(nn.Module):
 
         Args:
             condition: {"label": int64 (B,), "context": (B, T, D)}; what is left out is null.
-            guidance: combines the denoisers with and without the condition.
+            guidance: moves the denoiser away from the one without the condition, or from another model's.
             weights: online, ema, ema:NAME or FILE.safetensors.
 
         Raises:
@@ -57,12 +57,8 @@ class Drawing(nn.Module):
         conditional = partial(self._denoise, network, dict(condition or {}))
         if guidance is None:
             return conditional
-        if not self.num_classes and not getattr(self.network, "context_dim", 0):
-            raise ValueError(
-                f"{guidance} needs a null label, and {type(self.network).__name__} has no classes. Sample without "
-                "guidance, or train the network with num_classes and label_dropout."
-            )
-        return guidance(conditional, partial(self._denoise, network, {}))
+        guide = guidance.guide_for(self, dict(condition or {}))
+        return guidance(conditional, guide or self._unconditional(network, guidance))
 
     def sample(
         self,
@@ -114,13 +110,37 @@ class Drawing(nn.Module):
     def _denoise(self, network: nn.Module, condition: Condition, x_t: Tensor, level: NoiseLevel) -> Tensor:
         return self.representation.hold(self.objective.denoise(network, x_t, level, condition))
 
-    def _with_weights(self, weights: str) -> nn.Module:
+    def _unconditional(self, network: nn.Module, guidance: Guidance) -> Denoiser:
+        if not self.num_classes and not getattr(self.network, "context_dim", 0):
+            raise ValueError(
+                f"{guidance} needs a null label, and {type(self.network).__name__} has no classes. Sample without "
+                "guidance, train the network with num_classes and label_dropout, or use AutoGuidance."
+            )
+        if getattr(self, "label_dropout", None) == 0:
+            raise ValueError(
+                f"{guidance} needs a null label, and this model never saw one: label_dropout=0. Sample without "
+                "guidance, train with label_dropout=0.1, or use AutoGuidance."
+            )
+        return partial(self._denoise, network, {})
+
+    def network_weights(self, weights: str) -> dict[str, Tensor] | None:
+        """The network's parameters by name, from online, ema, ema:NAME or FILE.safetensors; None for the online ones.
+
+        Raises:
+            ValueError: for weights that are not there or of another network.
+        """
         values = resolve_weights(weights, self.averages)
         if values is None:
-            return self.network
-        named = {name.removeprefix("network."): value for name, value in values.items()}
-        _check_names(named, dict(self.network.named_parameters()), weights)
-        return Reweighted(self.network, named)
+            return None
+        own = dict(self.network.named_parameters())
+        others = self.state_dict().keys() - {f"network.{name}" for name in own}
+        named = {name.removeprefix("network."): x for name, x in values.items() if name not in others}
+        _check_names(named, own, weights)
+        return named
+
+    def _with_weights(self, weights: str) -> nn.Module:
+        values = self.network_weights(weights)
+        return self.network if values is None else Reweighted(self.network, values)
 
     def _noise_shape(self) -> tuple[int, ...]:
         if self.image_shape is None:

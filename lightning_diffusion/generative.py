@@ -273,10 +273,7 @@ def logged_names(found: Mapping[str, float], extractor: FeatureExtractor, draws:
 
 def _asked(draws: Draws) -> str:
     weights = "" if draws.weights is None else f"_{draws.weights.replace(':', '_').rpartition('/')[2]}"
-    if draws.guidance is None:
-        return weights
-    scale = getattr(draws.guidance, "scale", None)
-    return f"{weights}_{type(draws.guidance).__name__ if scale is None else f'guidance{scale:g}'}"
+    return weights if draws.guidance is None else f"{weights}_{draws.guidance.tag}"
 
 
 def _some(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lightning_diffusion.commands.guiding import add_guidance, refuse_lonely
 from lightning_diffusion.commands.parser import Parser
 
 _EXAMPLES = """\
@@ -47,6 +48,7 @@ def _parser() -> Parser:
     )
     add("--samplers", type=_words, metavar="S[,S...]", help="as heun:18,dpm:10,ddim:50 (the model's own)")
     add("--guidance", type=_numbers, metavar="G[,G...]", help="scales, as 1,1.5,2; 1 is off (1)")
+    add_guidance(parser)
     add("--num", type=int, default=2000, metavar="N", help="samples each, some thousands (2000)")
     add("--seed", type=int, default=0, metavar="N", help="of the noise, the same for all (0)")
     add("--out", metavar="FOLDER", help="for evaluation.csv, .json and .png (RUN/evaluation)")
@@ -74,5 +76,6 @@ def _refuse_impossible(own: Any) -> None:
         raise FileNotFoundError(
             f"--checkpoint {own.checkpoint} does not exist: give a run folder or a checkpoint"
         )
+    refuse_lonely(own)
     if own.num < 10:
         raise ValueError(f"--num is {own.num}, expected 10 or more, better some thousands")

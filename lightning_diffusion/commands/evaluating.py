@@ -21,12 +21,13 @@ import torch
 import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_diffusion.averaging import resolve_weights
 from lightning_diffusion.classifier_features import ClassifierFeatures
 from lightning_diffusion.commands.classes import forget_arguments_where_classes_change
 from lightning_diffusion.commands.errors import UnknownOptionError
+from lightning_diffusion.commands.guiding import guidance_of
 from lightning_diffusion.commands.quiet import quiet
 from lightning_diffusion.commands.resuming import value_of
 from lightning_diffusion.commands.sample import load, parse_sampler
@@ -48,7 +49,7 @@ from lightning_diffusion.generative import (
     real_features,
     real_images_of,
 )
-from lightning_diffusion.guidance import ClassifierFree
+from lightning_diffusion.guidance import Guidance
 from lightning_diffusion.io import checkpoint_of, run_folder_of, write_atomically
 from lightning_diffusion.module import DiffusionModule
 from lightning_diffusion.plots import QualityPoint, quality_curves
@@ -98,7 +99,7 @@ def _combinations(own: argparse.Namespace, module: DiffusionModule) -> Iterator[
     for weights in own.weights or [default_weights(module)]:
         resolve_weights(weights, module.averages)
         for sampler, scale in itertools.product(samplers, own.guidance or [1.0]):
-            guidance = None if scale == 1 else ClassifierFree(scale)
+            guidance = guidance_of(own, None if scale == 1 else scale)
             module.denoiser(None, guidance)  # refuses guidance without classes before anything is drawn
             yield Draws(own.num, weights, sampler, guidance, own.seed)
 
@@ -177,7 +178,7 @@ def _comparison(
 
 def _measured(module: DiffusionModule, compared: Comparison, draws: Draws) -> Row:
     sampler, start = draws.sampler or module.sampler, time.perf_counter()
-    with _counted(module.network) as calls:
+    with _counted(module, draws.guidance) as calls:
         drawn = drawn_features(module, draws, compared.ready, compared.labels)
     seconds, name = time.perf_counter() - start, type(sampler).__name__.lower()
     if said := diverged(drawn):
@@ -194,14 +195,16 @@ def _measured(module: DiffusionModule, compared: Comparison, draws: Draws) -> Ro
 
 
 @contextmanager
-def _counted(network: nn.Module) -> Iterator[list[None]]:
-    """A list that grows by one with every call of the network, guidance's second one included."""
+def _counted(module: DiffusionModule, guidance: Guidance | None) -> Iterator[list[None]]:
+    """A list that grows by one with every call of the network, guidance's second one included, or of the guide's."""
     calls: list[None] = []
-    handle = network.register_forward_pre_hook(lambda *_: calls.append(None))
+    networks = [model.network for model in (module, getattr(guidance, "model", None)) if model is not None]
+    handles = [network.register_forward_pre_hook(lambda *_: calls.append(None)) for network in networks]
     try:
         yield calls
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _opening(own: Any, compared: Comparison, data: Any) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_diffusion.commands.errors import suggestion
+from lightning_diffusion.commands.guiding import add_guidance, guidance_of, refuse_lonely
 from lightning_diffusion.commands.parser import Parser
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def _parser() -> Parser:
     add("--sampler", metavar="NAME[:STEPS]", help="heun, dpm, euler, ddim, ancestral (the model's own)")
     add("--steps", type=int, metavar="N", help="steps of the sampler")
     add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1 is off (1)")
+    add_guidance(parser)
     add("--seed", type=int, default=0, metavar="N", help="of the noise (0)")
     add(
         "--weights",
@@ -76,6 +78,7 @@ def _refuse_impossible(given: argparse.Namespace) -> None:
         raise FileNotFoundError(
             f"--checkpoint {given.checkpoint} does not exist: give a run folder or a checkpoint"
         )
+    refuse_lonely(given)
     if given.num < 1:
         raise ValueError(f"--num is {given.num}, expected 1 or more")
     if given.steps is not None and given.steps < 1:
@@ -88,13 +91,11 @@ def _drawn(given: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of images and labels, with a bar if it takes long."""
     import torch
 
-    from lightning_diffusion.guidance import ClassifierFree
-
     module = load(given.checkpoint).to(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     labels = _cycled(given.label, given.num, module.num_classes)
     sampler = _sampler(given, module.sampler)
     weights = given.weights or ("ema" if module.averages else "online")
-    guidance = None if given.guidance is None else ClassifierFree(given.guidance)
+    guidance = guidance_of(given, given.guidance)
     condition = {"label": labels} if module.num_classes else None
     batches = module.sample_batches(given.num, condition, sampler, guidance, weights, given.seed)
     print(
@@ -104,19 +105,10 @@ def _drawn(given: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def load(place: str) -> DiffusionModule:
-    """The module in a run folder or checkpoint, on the CPU."""
-    from lightning_diffusion.io import checkpoint_of, load_checkpoint
-    from lightning_diffusion.module import DiffusionModule
+    """The module in a run folder, checkpoint or exported file, on the CPU."""
+    from lightning_diffusion.exported import load_module
 
-    path = checkpoint_of(place)
-    recorded = load_checkpoint(path).get("hyper_parameters", {})
-    if "network" not in recorded:
-        raise ValueError(
-            f"{path} does not say how to build its network: it is of another LightningModule, or its network is a "
-            "foreign nn.Module. Draw from Python: DiffusionModule.load_from_checkpoint(path, network=...).sample(...)"
-        )
-    module: DiffusionModule = DiffusionModule.load_from_checkpoint(path, map_location="cpu")
-    return module
+    return load_module(place)
 
 
 def _cycled(given: Sequence[int] | None, number: int, num_classes: int) -> Tensor:
