@@ -20,7 +20,7 @@ from lightning_diffusion.stable_targets import References
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN = [ROOT / "docs" / name for name in ("objective.md", "knobs.md")]
+RUN = [ROOT / "docs" / name for name in ("objective.md", "knobs.md", "networks.md")]
 
 
 def name_of(page):

@@ -142,6 +142,26 @@ def test_uncertainty_learns_the_log_of_the_loss_at_each_level():
     assert after < 0.3 * before
 
 
+def test_uncertainty_does_not_slow_down_as_its_weights_grow():
+    """Steps are perpendicular to the weights and would lengthen them; before each they are put back."""
+    uncertainty = ld.Uncertainty(32)
+    optimizer = torch.optim.SGD(uncertainty.parameters(), lr=30.0)
+    c_noise, grown = torch.linspace(-1, 1, 64), []
+    loss = c_noise.exp()
+    for _ in range(20):
+        optimizer.zero_grad()
+        uncertainty.combine(loss, c_noise).mean().backward()
+        assert uncertainty.weight.square().mean().item() == pytest.approx(1, rel=1e-3)
+        optimizer.step()
+        grown.append(uncertainty.weight.square().mean().item())
+    assert max(grown) > 1.01
+    before = uncertainty.weight.detach().clone()
+    uncertainty.eval().combine(loss, c_noise)
+    with torch.no_grad():
+        uncertainty.train().combine(loss, c_noise)
+    assert torch.equal(uncertainty.weight, before)
+
+
 def test_uncertainty_starts_with_unit_deviation_and_is_saved_with_the_objective():
     u = ld.Uncertainty().log_loss(torch.linspace(-2000, 2000, 100_000))
     assert u.std().item() == pytest.approx(1, rel=0.1)

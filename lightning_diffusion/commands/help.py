@@ -21,7 +21,7 @@ data
   --data.image_size INT          pixels
 
 model
-  --model.network CLASS          UNet, or the path of your own nn.Module
+  --model.network CLASS          UNet, MagnitudePreservingUNet, DiT, or the path of your own nn.Module
   --model.network.channels INT   any argument of the network
   --model.objective CLASS        EDM, DDPM, VPrediction, DiffusionObjective
   --model.objective.density.mean FLOAT
