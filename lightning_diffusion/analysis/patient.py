@@ -14,10 +14,13 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_diffusion.analysis.drawn_data import DrawnData, drawn
 from lightning_diffusion.analysis.trainer_settings import TrainerSettings
-from lightning_diffusion.batches import Repeatable, unpack
+from lightning_diffusion.batches import LABEL, Repeatable, every_sample, unpack
+from lightning_diffusion.objective import DiffusionObjective
 
 _SEED = "PL_GLOBAL_SEED"
+_SAMPLES = 2048
 
 
 class Patient:
@@ -108,6 +111,30 @@ class Patient:
         """Samples of a micro-batch on one device."""
         return len(unpack(self.batches(1)[0])[0])
 
+    @cached_property
+    def one_pass(self) -> list[Any]:
+        """Batches of at most 2,048 samples, none of which is drawn twice by going through the data again."""
+        most = min(self.steps, math.ceil(_SAMPLES / self.batch_size))
+        return self.batches(max(1, int(min(most, _length(self.loader)))))
+
+    @cached_property
+    def drawn(self) -> DrawnData:
+        """Samples of one pass as the objective gets them."""
+        return drawn(self._ready, self.one_pass, self.seed)
+
+    @property
+    def objective(self) -> DiffusionObjective:
+        """Of a DiffusionModule."""
+        objective: DiffusionObjective = self._ready.objective
+        return objective
+
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """Of what the loader has to yield; None where nothing says so."""
+        keeps = getattr(getattr(self.module, "representation", None), "keeps_shape", False)
+        shape = getattr(self.module, "image_shape", None)
+        return tuple(shape) if keeps and shape is not None else None
+
     @property
     def total_steps(self) -> int | None:
         """Optimizer steps of the whole run; None where nothing limits them."""
@@ -123,11 +150,23 @@ class Patient:
 
     def prepared(self) -> LightningModule:
         """A copy of the module to do anything with, its representation measured on the batches, as a fit begins."""
-        module = copy.deepcopy(self.module)
+        return copy.deepcopy(self._ready)
+
+    @cached_property
+    def _ready(self) -> Any:
+        module: Any = copy.deepcopy(self.module)
         representation = getattr(module, "representation", None)
         if representation is not None and representation.needs_measuring:
             representation.measure(self._images())
+        target = getattr(getattr(module, "objective", None), "stable_target", None)
+        if target is not None and target.reference_size:
+            target.remember(self._references(module))
         return module
+
+    def _references(self, module: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for batch in every_sample(self.loader):
+            images, condition = unpack(batch)
+            yield module.representation.encode(images), condition.get(LABEL)
 
     def _images(self) -> Iterable[Tensor]:
         return Repeatable(lambda: (unpack(batch)[0] for batch in self.batches()))
@@ -137,6 +176,13 @@ class Patient:
         """Random numbers of the run inside; the process's own generators and seed as they were afterwards."""
         with isolate_rng(), _environment(_SEED, str(self.seed)):
             yield
+
+
+def _length(loader: Any) -> float:
+    try:
+        return len(loader)
+    except TypeError:
+        return math.inf
 
 
 def _again_and_again(loader: Iterable[Any]) -> Iterator[Any]:

@@ -11,7 +11,15 @@ from lightning_diffusion.commands.errors import suggestion
 if TYPE_CHECKING:
     from lightning_diffusion.analysis.findings import Examination
 
-EXAMINATIONS: dict[str, str] = {"precision": "PrecisionExamination", "memory": "MemoryExamination"}
+EXAMINATIONS: dict[str, str] = {
+    "data": "DataExamination",
+    "objective": "ObjectiveExamination",
+    "conditioning": "ConditioningExamination",
+    "precision": "PrecisionExamination",
+    "memory": "MemoryExamination",
+    "averages": "AveragesExamination",
+    "time": "TimeExamination",
+}
 """Name, which is that of a module in this folder, to the class in it."""
 
 

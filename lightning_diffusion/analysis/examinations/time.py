@@ -1,0 +1,131 @@
+"""How long the training takes on this machine, where the time goes, and what would be faster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from lightning_diffusion.analysis.findings import Examination, Finding, Section, Severity, Table
+from lightning_diffusion.analysis.patient import Patient
+from lightning_diffusion.analysis.step_times import (
+    Kind,
+    StepTimes,
+    device_here,
+    kind_of,
+    kinds,
+    loading_time,
+    network_time,
+    step_time,
+)
+
+_FASTER = 1.2
+_WAITING, _OUTSIDE = 0.5, 0.3  # loading over the step; share of the step outside the network
+_DATA = "data.init_args.num_workers: 4"
+_LOW = "trainer.plugins: [{class_path: DiffusionPrecision, init_args: {precision: bf16-mixed}}]"
+
+
+class TimeExamination(Examination):
+    """A few steps of each kind, on this machine's device; what a GPU elsewhere does is not known here."""
+
+    name = "time"
+
+    def __call__(self, patient: Patient) -> Section:
+        if getattr(patient.module, "objective", None) is None:
+            return Section(self.name)
+        measured = {kind: step_time(patient, kind) for kind in kinds(device_here())}
+        own = kind_of(patient)
+        seconds = measured[own] or measured[Kind("fp32")]
+        if seconds is None:
+            return Section(self.name, (_SLOW,), (_compared(measured, own),))
+        times = StepTimes(seconds, min(network_time(patient, own), seconds), loading_time(patient))
+        found = [
+            *_hours(patient, times),
+            *_loading(times),
+            *_outside(times),
+            *_faster(measured, own, seconds),
+        ]
+        return Section(self.name, tuple(found), (_parts(patient, times), _compared(measured, own)))
+
+
+_SLOW = Finding(
+    "slow",
+    Severity.NOTE,
+    "A step takes longer than the doctor waits for: nothing was timed.",
+    f"on this machine's {device_here()}",
+)
+
+
+def _hours(patient: Patient, times: StepTimes) -> Iterator[Finding]:
+    total = patient.total_steps
+    if total is None:
+        return
+    evidence = (
+        f"{total} steps of {_ms(_whole(patient, times))} on this machine's {device_here()}, without validation and "
+        "pictures"
+    )
+    title = f"The training takes {_duration(total * _whole(patient, times))}."
+    yield Finding("hours", Severity.NOTE, title, evidence)
+
+
+def _whole(patient: Patient, times: StepTimes) -> float:
+    return (times.step + times.loading) * patient.trainer.accumulate
+
+
+def _loading(times: StepTimes) -> Iterator[Finding]:
+    if times.loading > _WAITING * times.step:
+        title = "The network waits for data."
+        evidence = f"a batch takes {_ms(times.loading)} to load, a step {_ms(times.step)}"
+        severity = Severity.WARNING if times.loading > times.step else Severity.NOTE
+        yield Finding("loading", severity, title, evidence, _DATA)
+
+
+def _outside(times: StepTimes) -> Iterator[Finding]:
+    share = 1 - times.network / (times.step + times.loading)
+    if share > _OUTSIDE:
+        title = "Much of a step is not the network: loss, optimizer, loading."
+        evidence = f"{share:.0%} of {_ms(times.step + times.loading)}"
+        yield Finding("outside", Severity.NOTE, title, evidence, "data.init_args.batch_size: larger")
+
+
+def _faster(measured: Mapping[Kind, float | None], own: Kind, seconds: float) -> Iterator[Finding]:
+    known = {kind: time for kind, time in measured.items() if time is not None}
+    best = min(known, key=lambda kind: known[kind])
+    if seconds > _FASTER * known[best]:
+        evidence = f"{best.name} takes {_ms(known[best])}, {own.name} as configured {_ms(seconds)}"
+        remedy = _LOW if best.precision == "bf16-mixed" != own.precision else ""
+        if own.precision == "bf16-mixed" != best.precision:
+            remedy = "trainer.precision: 32-true"
+        title = f"{best.name} is {seconds / known[best]:.1f} times as fast here."
+        where = "; in Python network.to(memory_format=torch.channels_last)" if best.channels_last else ""
+        yield Finding("faster", Severity.NOTE, title, evidence + where, remedy)
+
+
+def _parts(patient: Patient, times: StepTimes) -> Table:
+    whole, per_second = times.step + times.loading, patient.batch_size / (times.step + times.loading)
+    rows = (
+        ("loading", _ms(times.loading), f"{times.loading / whole:.0%}"),
+        ("network, forward and backward", _ms(times.network), f"{times.network / whole:.0%}"),
+        ("loss, optimizer", _ms(times.step - times.network), f"{(times.step - times.network) / whole:.0%}"),
+        ("together", _ms(whole), f"{per_second:.0f} images/s"),
+    )
+    return Table(f"A micro-batch of {patient.batch_size} on {device_here()}", ("", "time", "share"), rows)
+
+
+def _compared(measured: Mapping[Kind, float | None], own: Kind) -> Table:
+    rows = tuple(
+        (
+            f"{kind.name}{' (as configured)' if kind == own else ''}",
+            "given up" if time is None else _ms(time),
+        )
+        for kind, time in measured.items()
+    )
+    return Table("Kinds of steps", ("", "loss, gradient, optimizer"), rows)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 5400:
+        return f"{max(seconds / 60, 0.1):.1f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

@@ -1,0 +1,151 @@
+"""What a network meets at each noise level, before and while it takes its first steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_diffusion.analysis.drawn_data import DrawnData
+from lightning_diffusion.analysis.patient import Patient
+from lightning_diffusion.noise_level import NoiseLevel, per_sample
+from lightning_diffusion.resume import RandomKey
+
+_LEVELS = 15
+_SAMPLES = 256  # that moments are of
+_IMAGES = 32  # that gradients are of
+_SECONDS = 20.0  # after which no further gradient is measured
+_STEPS = 10
+
+
+class LevelProfile(NamedTuple):
+    """By level, rising log-SNR (L,): deviations (root mean squares) and gradient norms; NaN where time ran out."""
+
+    log_snr: Tensor
+    inputs: Tensor
+    residuals: Tensor
+    outputs: Tensor
+    gradients: Tensor
+
+
+def level_profile(module: Any, data: DrawnData, seed: int = 0) -> LevelProfile:
+    """Of a DiffusionModule whose representation is measured, at even steps between the ends of its draws."""
+    objective, few = module.objective, data.first(_IMAGES)
+    u = torch.tensor([0.999, 0.001], dtype=torch.float64)
+    low, high = objective.density.quantile(u, objective.schedule).clamp(-20, 20).tolist()
+    log_snr = torch.linspace(low, high, _LEVELS, dtype=torch.float64)
+    moments, gradients = [], []
+    started = time.perf_counter()
+    for number, one in enumerate(log_snr):
+        moments.append(_moments(module, data.first(_SAMPLES), one, RandomKey(seed, batch=number)))
+        late = time.perf_counter() - started > _SECONDS
+        gradients.append(math.nan if late else gradient_norm(module, few, one, RandomKey(seed, batch=number)))
+    norms = torch.tensor(gradients)
+    known = ~norms.isnan() | (torch.arange(_LEVELS) == 0)
+    return LevelProfile(
+        log_snr, *torch.tensor(moments).T, norms.where(known, norms[known][-1] if known.any() else math.nan)
+    )
+
+
+@torch.no_grad()
+def _moments(module: Any, data: DrawnData, log_snr: Tensor, key: RandomKey) -> tuple[float, float, float]:
+    preconditioning, level = module.objective.preconditioning, _level(module, log_snr, data)
+    noise = torch.randn(data.x0.shape, generator=key.generator("examined noise"), dtype=data.x0.dtype)
+    x = per_sample(preconditioning.c_in(level), data.x0) * level.diffuse(data.x0, noise)
+    residual = preconditioning.residual(data.x0, noise, level)
+    few = data.first(_IMAGES)
+    output = module.network(x[:_IMAGES], preconditioning.c_noise(level)[: len(few.x0)], **few.condition)
+    return _rms(x), _rms(residual), _rms(output)
+
+
+def gradient_norm(module: Any, data: DrawnData, log_snr: Tensor, key: RandomKey) -> float:
+    """Of the loss as training weighs it, at one level, over all trained parameters."""
+    noise = torch.randn(data.x0.shape, generator=key.generator("examined noise"), dtype=data.x0.dtype)
+    level = _level(module, log_snr, data)
+    with torch.enable_grad():
+        loss = module.objective.loss_at(module.network, data.x0, noise, level, data.condition).loss
+        trained = [p for p in module.network.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    squares = [g.double().square().sum() for g in gradients if g is not None]
+    return float(sum(squares, torch.zeros((), dtype=torch.float64))) ** 0.5
+
+
+def _level(module: Any, log_snr: Tensor, data: DrawnData) -> NoiseLevel:
+    level: NoiseLevel = module.objective.schedule.at(log_snr[None]).to(data.x0)
+    return level.expand(len(data.x0))
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+class LargestLogit(TorchFunctionMode):
+    """Within it, `largest` is the largest |q k| scale of every scaled_dot_product_attention; 0 if there is none."""
+
+    largest = 0.0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            q, k = args[0].detach(), args[1].detach()
+            scale = (kwargs or {}).get("scale") or q.shape[-1] ** -0.5
+            self.largest = max(self.largest, float((q @ k.mT).abs().max()) * scale)
+        return func(*args, **(kwargs or {}))
+
+
+def attention_growth(patient: Patient) -> tuple[float, float, int] | None:
+    """Largest logits at the start and after some steps of the run's own optimizer, and how many; None without any."""
+    module: Any = patient.prepared()
+    with _watched() as start:
+        _step(module, patient, 0, None)
+    if not start.largest:
+        return None
+    optimizer = module.optimizer([p for p in module.parameters() if p.requires_grad])
+    steps, began = 0, time.perf_counter()
+    while steps < min(_STEPS, patient.steps) and time.perf_counter() - began < _SECONDS:
+        _step(module, patient, steps, optimizer)
+        steps += 1
+    with _watched() as end:
+        _step(module, patient, 0, None)
+    return start.largest, end.largest, steps
+
+
+@contextmanager
+def _watched() -> Iterator[LargestLogit]:
+    mode = LargestLogit()
+    with mode:
+        yield mode
+
+
+def _step(module: Any, patient: Patient, number: int, optimizer: Any) -> None:
+    data = patient.drawn
+    size = min(_IMAGES, len(data.x0))
+    start = number * size % max(1, len(data.x0) - size + 1)
+    part = DrawnData(
+        data.x0[start : start + size], {n: c[start : start + size] for n, c in data.condition.items()}
+    )
+    key = RandomKey(patient.seed, batch=number)
+    level, noise = module.objective.draw(part.x0, key)
+    loss = module.objective.loss_at(module.network, part.x0, noise, level, part.condition).loss
+    if optimizer is not None:
+        _set_rate(module, optimizer, number, patient)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def _set_rate(module: Any, optimizer: Any, number: int, patient: Patient) -> None:
+    """The run's own learning rate at this step, its warm-up included."""
+    images = patient.batch_size * patient.trainer.accumulate * patient.trainer.devices
+    factor = module.learning_rate(number, patient.total_steps or 10**6, images)
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+        group["lr"] = group["initial_lr"] * factor

@@ -1,0 +1,159 @@
+"""Times of training steps, a few of each kind, each kind given up when it turns out to be too slow."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+
+from lightning_diffusion.analysis.drawn_data import DrawnData
+from lightning_diffusion.analysis.patient import Patient
+from lightning_diffusion.noise_level import per_sample
+from lightning_diffusion.resume import RandomKey
+
+_SECONDS = 4.0  # for all steps of a kind
+_PATIENCE = 8.0  # a kind whose next try is expected to take longer is given up
+_STEPS = 7
+_BATCHES = 8  # of the loader
+
+
+class Kind(NamedTuple):
+    """A way to compute the network: its number format, memory format, and whether compiled."""
+
+    name: str
+    precision: str = "32-true"
+    channels_last: bool = False
+    compiled: bool = False
+
+
+class StepTimes(NamedTuple):
+    """Seconds: of a micro-batch's whole step, of the network's forward and backward in it, of loading it."""
+
+    step: float
+    network: float
+    loading: float
+
+
+def kinds(device: str) -> tuple[Kind, ...]:
+    """Those worth trying on a device: compiling takes a minute on a CPU and is left out there."""
+    tried = (Kind("fp32"), Kind("bf16", "bf16-mixed"), Kind("fp32, channels-last", channels_last=True))
+    tried = (*tried, Kind("bf16, channels-last", "bf16-mixed", True))
+    return (*tried, Kind("bf16, compiled", "bf16-mixed", compiled=True)) if device == "cuda" else tried
+
+
+def kind_of(patient: Patient) -> Kind:
+    """As the Trainer is told; float16 counts as bfloat16, which costs the same."""
+    low = patient.trainer.precision in ("bf16-mixed", "16-mixed", "bf16-true", "16-true")
+    return Kind("bf16", "bf16-mixed") if low else Kind("fp32")
+
+
+def device_here() -> str:
+    """Where steps are timed."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def loading_time(patient: Patient) -> float:
+    """Seconds per batch, the first of an iterator left out."""
+    batches = iter(patient.loader)
+    next(batches, None)
+    started, number = time.perf_counter(), 0
+    for _ in islice(batches, _BATCHES):
+        number += 1
+        if time.perf_counter() - started > _SECONDS:
+            break
+    return (time.perf_counter() - started) / max(number, 1)
+
+
+def step_time(patient: Patient, kind: Kind) -> float | None:
+    """Seconds of loss, gradient and optimizer step of a full micro-batch; None for a kind that is too slow.
+
+    Batches of one, then of a quarter, lead up to it, so that hopeless kinds cost little.
+    """
+    step = _prepared(patient, kind)
+    size = min(patient.batch_size, len(patient.drawn.x0))
+    for lead in sorted({1, max(1, size // 4)} - {size}):
+        seconds = min(_seconds(partial(step, lead)), _seconds(partial(step, lead)))
+        if seconds * size / lead > _PATIENCE:
+            return None
+    step(size)
+    return _median(partial(step, size))
+
+
+def network_time(patient: Patient, kind: Kind) -> float:
+    """Seconds of the network's forward and backward alone, on a full micro-batch."""
+    device, module = device_here(), _made(patient, kind)
+    data = _on(patient.drawn.first(patient.batch_size), device)
+    level, noise = module.objective.draw(data.x0, RandomKey(patient.seed))
+    preconditioning = module.objective.preconditioning
+    x = per_sample(preconditioning.c_in(level), data.x0) * level.diffuse(data.x0, noise)
+    c_noise = preconditioning.c_noise(level)
+
+    def once() -> None:
+        with _autocast(kind, device):
+            output = module.network(x, c_noise, **data.condition)
+        output.float().square().mean().backward()
+
+    once()
+    return _median(once)
+
+
+def _prepared(patient: Patient, kind: Kind) -> Callable[[int], None]:
+    device, module = device_here(), _made(patient, kind)
+    optimizer = module.optimizer([p for p in module.parameters() if p.requires_grad])
+    drawn, numbers = _on(patient.drawn.first(patient.batch_size), device), iter(range(10**9))
+
+    def step(size: int) -> None:
+        data, key = drawn.first(size), RandomKey(patient.seed, batch=next(numbers))
+        with _autocast(kind, device):
+            loss = module.objective.loss(module.network, data.x0, data.condition, key).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _made(patient: Patient, kind: Kind) -> Any:
+    module: Any = copy.deepcopy(patient.prepared()).to(device_here())
+    if kind.channels_last:
+        module.network.to(memory_format=torch.channels_last)
+    if kind.compiled:
+        module.network.compile()
+    return module
+
+
+def _autocast(kind: Kind, device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, torch.bfloat16) if kind.precision == "bf16-mixed" else nullcontext()
+
+
+def _on(data: DrawnData, device: str) -> DrawnData:
+    return DrawnData(data.x0.to(device), {name: part.to(device) for name, part in data.condition.items()})
+
+
+def _median(run: Callable[[], None]) -> float:
+    return statistics.median(_repeated(run))
+
+
+def _repeated(run: Callable[[], None]) -> Iterator[float]:
+    total = 0.0
+    for _ in range(_STEPS):
+        seconds = _seconds(run)
+        total += seconds
+        yield seconds
+        if total > _SECONDS:
+            break
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
