@@ -64,6 +64,7 @@ class FakeStep:
             checkpoint_blocks_(network_of(self.module))
         with self._without_data():
             self.module = self.precision.convert_module(self.module)  # type: ignore[assignment]
+            self._remember_references()
             self.optimizers = _optimizers(self.module)
             self._take_first_step()
 
@@ -105,6 +106,13 @@ class FakeStep:
         loss.backward()  # type: ignore[no-untyped-call]
         for optimizer in self.optimizers:
             optimizer.step()
+
+    def _remember_references(self) -> None:
+        """As many clean samples as a StableTarget holds during a fit."""
+        target = self.module.objective.stable_target if isinstance(self.module, DiffusionModule) else None
+        if target is not None and target.reference_size:
+            images, condition = unpack(self._batch_of(target.reference_size))
+            target.remember([(self.module.representation.encode(images.float()), condition.get(LABEL))])
 
     def _take_first_step(self) -> None:
         self._grow_gradients()

@@ -18,6 +18,7 @@ from lightning_diffusion.analysis.drawn_data import DrawnData, drawn
 from lightning_diffusion.analysis.trainer_settings import TrainerSettings
 from lightning_diffusion.batches import LABEL, Repeatable, every_sample, unpack
 from lightning_diffusion.objective import DiffusionObjective
+from lightning_diffusion.sampling import Sampler
 
 _SEED = "PL_GLOBAL_SEED"
 _SAMPLES = 2048
@@ -129,6 +130,12 @@ class Patient:
         return objective
 
     @property
+    def sampler(self) -> Sampler:
+        """Of a DiffusionModule."""
+        sampler: Sampler = self._ready.sampler
+        return sampler
+
+    @property
     def image_shape(self) -> tuple[int, ...] | None:
         """Of what the loader has to yield; None where nothing says so."""
         keeps = getattr(getattr(self.module, "representation", None), "keeps_shape", False)
@@ -150,7 +157,8 @@ class Patient:
 
     def prepared(self) -> LightningModule:
         """A copy of the module to do anything with, its representation measured on the batches, as a fit begins."""
-        return copy.deepcopy(self._ready)
+        module: LightningModule = copy.deepcopy(self._ready)
+        return module
 
     @cached_property
     def _ready(self) -> Any:

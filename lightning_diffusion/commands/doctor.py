@@ -21,6 +21,7 @@ examinations: {", ".join(EXAMINATIONS)}
 examples:
   lightning-diffusion doctor --config configs/digits.yaml
   lightning-diffusion doctor --config configs/images.yaml --only memory --memory 24GB --data.batch_size 128
+  lightning-diffusion doctor --config configs/digits.yaml --html report.html
 
 Exit status: 0 healthy, 1 findings, 2 cannot be examined. Nothing is written but the files that are asked for."""
 
@@ -37,12 +38,10 @@ def run(command: str, arguments: list[str]) -> int:
     only = None if own.only is None else own.only.split(",")
     chosen(only)
     memory = None if own.memory is None else bytes_of(own.memory)
-    from lightning_diffusion.analysis.patient import Patient
     from lightning_diffusion.commands.doctor_text import show
 
     known = [option for option in parser._option_string_actions if option.startswith("--")]
-    patient = Patient.from_config(own.config, others, own.steps, memory, known)
-    report = _examined(patient, only)
+    report = _report((own.config, others, own.steps, memory, known), only)
     show(report)
     for name, write in WRITERS.items():
         if getattr(own, name) is not None:
@@ -68,6 +67,7 @@ def _parser() -> Parser:
         help="what a device has, such as 24GB or 80GiB (that of this machine's GPU)",
     )
     add("--json", metavar="FILE", help="the report for machines")
+    add("--html", metavar="FILE", help="the report as one page with its pictures")
     return parser
 
 
@@ -81,6 +81,21 @@ def bytes_of(text: str) -> int:
     if match is None or match[2].upper() not in _UNITS or match[1].count(".") > 1 or float(match[1]) <= 0:
         raise ValueError(f"--memory {text}: expected a size such as 24GB or 80GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _report(configuration: Any, only: list[str] | None) -> Report:
+    """Of the arguments of `Patient.from_config`; a configuration that a part refuses has one finding."""
+    from lightning_diffusion.analysis.patient import Patient
+    from lightning_diffusion.analysis.refusals import refusal_of_configuration
+
+    try:
+        patient = Patient.from_config(*configuration)
+    except Exception as error:
+        report = refusal_of_configuration(error)
+        if report is None:
+            raise
+        return report
+    return _examined(patient, only)
 
 
 def _examined(patient: Any, only: list[str] | None) -> Report:
@@ -98,5 +113,14 @@ def _write_json(report: Report, path: Path) -> None:
     print(f"  json  {path}", flush=True)
 
 
-WRITERS: Mapping[str, Callable[[Report, Path], None]] = {"json": _write_json}
+def _write_page(report: Report, path: Path) -> None:
+    from lightning_diffusion.analysis.report_page import page
+    from lightning_diffusion.io import write_atomically
+
+    text = page(report)
+    write_atomically(path, lambda file: file.write(text.encode()))
+    print(f"  html  {path}", flush=True)
+
+
+WRITERS: Mapping[str, Callable[[Report, Path], None]] = {"json": _write_json, "html": _write_page}
 """What writes a report into the file of the option of that name."""
