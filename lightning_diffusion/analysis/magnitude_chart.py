@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lightning_diffusion.analysis.precision_report import OperatorRecord, PrecisionReport
 
-MOST_LAYERS = 60
+MOST_LAYERS = 40
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _draw(axes: Axes, magnitudes: Sequence[LayerMagnitude], layers: Sequence[str
     float16 = number_format(LOW["float16"])
     lowest = min([m.typical for m in magnitudes], default=1.0)
     axes.set_xlim(min(float16.smallest_subnormal, lowest) / 10, float16.largest * 30)
-    axes.set_xticks([10.0**k for k in range(-9, 7, 3)])
+    axes.set_xticks([10.0**k for k in range(-6, 4, 3)])
     _limits(axes, float16)
 
 

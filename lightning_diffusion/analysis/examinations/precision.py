@@ -35,7 +35,8 @@ class PrecisionExamination(Examination):
         report = audited(patient.prepared(), patient.data, patient.trainer, steps, clipping)
         hardware = hardware_of("cuda" if torch.cuda.is_available() else "cpu")
         advice = recommended_precision(hardware)
-        tables = (_formats(report, hardware, advice), _closest(report))
+        closest = _closest(report)
+        tables = (_formats(report, hardware, advice), *([closest] if closest.rows else []))
         chart = Picture("Magnitudes by layer", lambda dark: magnitude_chart(report))
         return Section(self.name, (*report.findings, *_advised(report, hardware, advice)), tables, (chart,))
 
