@@ -172,9 +172,8 @@ def report(folder: str) -> None:
         its, own = found[program][features][figure], found["ours"][features][figure]
         print(f"{features:<12}{figure:<12}{program:<16}{its:>14.8g}{own:>14.8g}{difference:>12.1e}")
     worst = largest(different)
-    print(
-        f"largest relative difference of Frechet and kernel distance {worst:.1e}, {'below' if worst < BOUND else 'NOT below'} {BOUND:g}"
-    )
+    kept = "below" if worst < BOUND else "NOT below"
+    print(f"largest relative difference of Frechet and kernel distance {worst:.1e}, {kept} {BOUND:g}")
 
 
 def main() -> None:
