@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -41,6 +42,14 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
+_DARK: dict[Any, Any] = {
+    **{f"{part}.facecolor": "#16181D" for part in ("figure", "axes", "savefig")},
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "#D6D9DE"),
+    "axes.edgecolor": "#7A808A",
+    "grid.color": "#30343C",
+}
+_BRIGHT = ("#58AEF0", "#FF8F57", "#42CFA0", "#E8A3CC", "#F2BE4A", "#9AD7F7", "#FFFFFF")
+_is_dark = ContextVar("_is_dark", default=False)
 _SEPARATOR = 1  # pixels
 _GREY = 96  # of separators and of empty places, seen on black and on white
 _READABLE = 48  # pixels: smaller images are enlarged by a whole factor to at least this
@@ -86,12 +95,33 @@ def _picture(canvas: NDArray[np.uint8]) -> Image.Image:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The look of every chart, for what is drawn inside: light, 150 dots per inch, the colours of `PALETTE`."""
+    """The look of every chart, for what is drawn inside: 150 dots per inch, the colours of `PALETTE`.
+
+    Light, but dark within `dark_paper`.
+    """
     from matplotlib import rc_context
     from matplotlib.rcsetup import cycler
 
-    with rc_context({**_STYLE, "axes.prop_cycle": cycler(color=PALETTE)}):
+    paper = _DARK if _is_dark.get() else {}
+    with rc_context(
+        {**_STYLE, **paper, "axes.prop_cycle": cycler(color=_BRIGHT if _is_dark.get() else PALETTE)}
+    ):
         yield
+
+
+def ink(number: int) -> str:
+    """Colour `number` of the palette, brighter on a dark page."""
+    return (_BRIGHT if _is_dark.get() else PALETTE)[number]
+
+
+@contextmanager
+def dark_paper() -> Iterator[None]:
+    """Charts that are drawn inside go on a dark page."""
+    token = _is_dark.set(True)
+    try:
+        yield
+    finally:
+        _is_dark.reset(token)
 
 
 def label_right(axes: Axes, lines: Sequence[Line2D], gap: float = 0.07) -> None:
@@ -174,7 +204,7 @@ def quality_curves(points: Sequence[QualityPoint], title: str, quality: str = "F
         ticks = sorted({point.evaluations for point in points})
         axes.set_xticks(_spaced(ticks), [str(tick) for tick in _spaced(ticks)])
         axes.minorticks_off()
-        _plain_logarithmic(axes)
+        plain_logarithmic(axes)
         figure.legend(loc="outside right upper", fontsize=9)
     return figure
 
@@ -188,9 +218,13 @@ def _spaced(ticks: Sequence[int]) -> list[int]:
     return kept
 
 
-def _plain_logarithmic(axes: Axes) -> None:
-    """Numbers as they are on a logarithmic y axis that may span less than a decade."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
+def plain_logarithmic(axes: Axes) -> None:
+    """Numbers as they are on a logarithmic y axis, powers of ten alone where it spans more than two decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
+    low, high = axes.get_ylim()
+    wide = high / low
+    subs = (1, 1.5, 2, 3, 5, 7) if wide < 10 else (1, 2, 5) if wide < 300 else (1,)
+    axes.yaxis.set_major_locator(LogLocator(10, subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

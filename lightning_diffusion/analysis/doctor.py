@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lightning_diffusion.analysis.examinations import chosen
-from lightning_diffusion.analysis.findings import Examination, Finding, Section, Severity
+from lightning_diffusion.analysis.findings import Examination, Section
 from lightning_diffusion.analysis.patient import Patient
+from lightning_diffusion.analysis.refusals import refused
 from lightning_diffusion.analysis.report import Report
-from lightning_diffusion.commands.errors import explain
 
 
 def examine(
@@ -45,12 +45,10 @@ def _section(examination: Examination, patient: Patient) -> Section:
     try:
         return examination(patient)
     except Exception as error:
-        said = explain(error)
-        if said is None:
+        finding = refused(error)
+        if finding is None:
             raise
-        return Section(
-            examination.name, (Finding("runs", Severity.ERROR, "The run stops with an error.", said),)
-        )
+        return Section(examination.name, (finding,))
 
 
 def _subject(patient: Patient) -> str:

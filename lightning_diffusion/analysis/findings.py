@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -71,12 +72,16 @@ class Picture:
 
     def png(self, dark: bool = False) -> bytes:
         """The bytes of a PNG."""
-        drawn = self.draw(dark)
-        if isinstance(drawn, bytes):
-            return drawn
-        buffer = io.BytesIO()
-        save = drawn.savefig if hasattr(drawn, "savefig") else drawn.save
-        save(buffer, format="png")
+        from lightning_diffusion.plots import dark_paper, style
+
+        with dark_paper() if dark else nullcontext():
+            drawn = self.draw(dark)
+            if isinstance(drawn, bytes):
+                return drawn
+            buffer = io.BytesIO()
+            save = drawn.savefig if hasattr(drawn, "savefig") else drawn.save
+            with style():
+                save(buffer, format="png")
         return buffer.getvalue()
 
 

@@ -26,7 +26,7 @@ _STEPS = 10
 
 
 class LevelProfile(NamedTuple):
-    """By level, rising log-SNR (L,): deviations (root mean squares) and gradient norms; NaN where time ran out."""
+    """By level, rising log-SNR (L,): deviations (root mean squares) and gradient norms."""
 
     log_snr: Tensor
     inputs: Tensor
@@ -48,10 +48,9 @@ def level_profile(module: Any, data: DrawnData, seed: int = 0) -> LevelProfile:
         late = time.perf_counter() - started > _SECONDS
         gradients.append(math.nan if late else gradient_norm(module, few, one, RandomKey(seed, batch=number)))
     norms = torch.tensor(gradients)
-    known = ~norms.isnan() | (torch.arange(_LEVELS) == 0)
-    return LevelProfile(
-        log_snr, *torch.tensor(moments).T, norms.where(known, norms[known][-1] if known.any() else math.nan)
-    )
+    known = norms.where(~norms.isnan(), norms[0])
+    inputs, residuals, outputs = torch.tensor(moments).unbind(1)
+    return LevelProfile(log_snr, inputs, residuals, outputs, known)
 
 
 @torch.no_grad()
@@ -74,7 +73,7 @@ def gradient_norm(module: Any, data: DrawnData, log_snr: Tensor, key: RandomKey)
         trained = [p for p in module.network.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)
     squares = [g.double().square().sum() for g in gradients if g is not None]
-    return float(sum(squares, torch.zeros((), dtype=torch.float64))) ** 0.5
+    return math.sqrt(float(sum(squares, torch.zeros((), dtype=torch.float64))))
 
 
 def _level(module: Any, log_snr: Tensor, data: DrawnData) -> NoiseLevel:

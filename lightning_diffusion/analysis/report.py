@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning_diffusion.analysis.findings import Finding, Section, Severity
 
-HEALTHY, FINDINGS = 0, 1
-"""Exit status of `doctor`; 2 is that of a configuration that cannot be examined."""
+HEALTHY, FINDINGS, CANNOT_RUN = 0, 1, 2
+"""Exit status of `doctor`; 2 is also that of a configuration that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,12 @@ class Report:
     Args:
         subject: what was examined, in a line.
         sections: one for each examination.
+        cannot_run: whether the configuration is refused, so that nothing could be drawn from it.
     """
 
     subject: str
     sections: tuple[Section, ...]
+    cannot_run: bool = False
 
     @property
     def findings(self) -> list[tuple[str, Finding]]:
@@ -35,7 +37,9 @@ class Report:
 
     @property
     def status(self) -> int:
-        """0 if nothing is above a note, else 1."""
+        """0 if nothing is above a note, else 1; 2 if it cannot run."""
+        if self.cannot_run:
+            return CANNOT_RUN
         above = any(finding.severity is not Severity.NOTE for _, finding in self.findings)
         return FINDINGS if above else HEALTHY
 

@@ -16,12 +16,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from types import TracebackType
 
-_CHECKED_BY = (
-    "lightning_diffusion",
-    "lightning.pytorch.trainer.connectors",
-    "lightning.pytorch.loggers",
-    "lightning.fabric.loggers",
-)
+_CHECKED_BY = ("lightning_diffusion", "lightning.pytorch.trainer.connectors")
 _MEANT = (ValueError, TypeError, OSError, ImportError)
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -41,7 +36,9 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 def explain(error: BaseException) -> str | None:
     """One line for the user, or None if the error is not the user's."""
-    error = _origin(error)
+    if (missing := _not_installed(error)) is not None:
+        return missing
+    error = origin(error)
     if isinstance(error, ArgumentError):
         return " ".join(filter(None, [error.argument_name, _parsing(error.message)]))
     if isinstance(error, OSError) and (error.filename or error.errno in _FULL_DISK):
@@ -51,7 +48,16 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def _origin(error: BaseException) -> BaseException:
+def _not_installed(error: BaseException) -> str | None:
+    """What jsonargparse tells of a class whose constructor says which package to install."""
+    if not _raised_in(error).startswith("jsonargparse"):
+        return None
+    pattern = r"class_path '[\w.]*?(\w+)':(?:(?!class_path).)*?pip install -U '?([\w-]+)"
+    found = re.search(pattern, str(error), re.DOTALL)
+    return found and f"{found[1]} needs a package that is not installed: pip install {found[2]}"
+
+
+def origin(error: BaseException) -> BaseException:
     """What a component raised, from under jsonargparse's account of all types that it tried."""
     while _raised_in(error).startswith("jsonargparse") and error.__cause__ is not None:
         if isinstance(error, ArgumentError):

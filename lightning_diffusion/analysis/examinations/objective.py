@@ -29,11 +29,11 @@ class ObjectiveExamination(Examination):
     def __call__(self, patient: Patient) -> Section:
         if getattr(patient.module, "objective", None) is None:
             return Section(self.name)
-        objective, module = patient.objective, patient.prepared()
+        objective, sampler = patient.objective, patient.sampler
         if (deviation := float(patient.drawn.x0.std())) < 1e-6:
             raise ValueError(f"Found training data of deviation {deviation:.2g}; expected data that differ.")
         levels = TrainedLevels.of(objective, DataMoments.of(patient.drawn.x0))
-        sampled: NoiseLevel = objective.schedule.sampling_levels(module.sampler.num_steps)
+        sampled: NoiseLevel = objective.schedule.sampling_levels(sampler.num_steps)
         start = Start.of(sampled, levels.data)
         found = [*_weights(levels), *_draws(levels), *_sampler(levels, sampled), *_start(start, objective)]
         found += [*_singular(levels, sampled), *_guidance(patient)]
@@ -82,9 +82,9 @@ def _draws(levels: TrainedLevels) -> Iterator[Finding]:
         return
     middle = float(levels.log_snr[len(levels.log_snr) // 2])
     evidence = (
-        f"{levels.idle_noise:.0%} of the draws are so noisy that x_t tells nothing of the image, {levels.idle_clean:.0%} "
-        f"have no noise to speak of, {levels.unweighted:.0%} have weight 0; the median log-SNR is {middle:.3g}, that "
-        f"of equal signal and noise {-math.log(levels.data.variance):.3g}"
+        f"{levels.idle_noise:.0%} of the draws are so noisy that x_t tells nothing of the image, "
+        f"{levels.idle_clean:.0%} have no noise to speak of, {levels.unweighted:.0%} have weight 0; "
+        f"the median log-SNR is {middle:.3g}, that of equal signal and noise {-math.log(levels.data.variance):.3g}"
     )
     severity = Severity.ERROR if max(idle, levels.unweighted) > _MOSTLY_IDLE else Severity.WARNING
     title = "Most draws are spent where nothing can be learned."
