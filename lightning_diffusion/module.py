@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_diffusion.averaging import averages_in
 from lightning_diffusion.batches import (
+    CONTEXT,
     LABEL,
     Repeatable,
     declared_conditions,
@@ -204,6 +205,11 @@ class DiffusionModule(Drawing, L.LightningModule):
             raise ValueError(
                 f"The batch has labels, but {type(self.network).__name__} takes none. Give the network num_classes "
                 "(in YAML, network.init_args.num_classes: 10), or set label_dropout: 1.0 to train without labels."
+            )
+        if CONTEXT in condition and CONTEXT not in self._conditions:
+            raise ValueError(
+                f"The batch has a context, but {type(self.network).__name__} takes none. Use a UNet with "
+                "context_dim, or leave the context out of the batches."
             )
         label = condition.get(LABEL) if LABEL in self._conditions else None
         value_range = (-1.0, 1.0) if self.representation.bounded else None

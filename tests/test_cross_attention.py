@@ -127,6 +127,12 @@ def test_conditioning_that_does_not_fit_is_refused(make, message):
         make()
 
 
+def test_a_context_that_the_network_would_not_hear_is_refused():
+    dit = ld.DiffusionModule(ld.DiT((1, 8, 8), size=ld.DiTSize(16, 1, 2)))
+    with pytest.raises(ValueError, match="has a context, but DiT takes none"):
+        L.Trainer(**QUIET, max_steps=1, enable_checkpointing=False).fit(dit, datamodule=Told())
+
+
 def test_guidance_needs_something_to_leave_out():
     module = ld.DiffusionModule(small(0))
     with pytest.raises(ValueError, match="needs a null label, and UNet has no classes"):

@@ -162,10 +162,23 @@ def test_evaluation_and_averages_leave_weights_as_they_are():
     averages = {name: p.detach().clone() for name, p in before.items()}
     network.eval()(x, torch.zeros(2))
     Reweighted(network.train(), averages)(x, torch.zeros(2))
+    with torch.no_grad():
+        network(x, torch.zeros(2))
     assert all(torch.equal(p, before[name]) for name, p in network.named_parameters())
     assert all(torch.equal(p, before[name]) for name, p in averages.items())
     network(x, torch.zeros(2))
     assert not torch.equal(network.stem.weight, before["stem.weight"])
+
+
+def test_a_second_forward_in_eval_mode_leaves_the_first_ones_gradients():
+    network, x = woken(small()), draw(2, 1, 8, 8)
+    first = network(x, torch.zeros(2))
+    (first - network.eval()(x, torch.ones(2))).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+    again = network.train()(x, torch.zeros(2))
+    network(x, torch.zeros(2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        again.sum().backward()
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (4, 7, 13), (2, 5, 1)])

@@ -32,9 +32,9 @@ RESIDUAL_BALANCE = 0.3
 class MagnitudePreservingUNet(Network):
     """EDM2's U-Net; its uncertainty head is `Uncertainty` of the objective `EDM2`. Any height and width.
 
-    While training each forward first puts the weights back to unit norm, in place: step the optimizer between two
-    forwards, not between a forward and its backward. Output and modulation start at zero. Of sharded parameters
-    (FSDP2) the copies of the forward are normalised, which leaves plain weight normalisation.
+    While training each forward first puts the weights back to unit norm, in place. Two forwards before one backward are
+    therefore an error of autograd: run the second in eval mode. Output and modulation start at zero. Of sharded
+    parameters (FSDP2) the copies of the forward are normalised, which leaves plain weight normalisation.
 
     Args:
         image_shape: (C, H, W).

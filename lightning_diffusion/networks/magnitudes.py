@@ -31,7 +31,7 @@ class UnitWeight(nn.Module):
         self.weight.copy_(normalize(self.weight, range(1, self.weight.ndim)))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        if self.training and self.weight.requires_grad:
+        if self.training and torch.is_grad_enabled() and self.weight.requires_grad:
             self.normalize_()
         weight = normalize(at_least_float32(self.weight), range(1, self.weight.ndim))
         weight = (weight * (gain / math.sqrt(weight[0].numel()))).to(x.dtype)
