@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from commands import write_config
 from foreign import QUIET
@@ -142,11 +143,8 @@ def test_pictures_are_not_black_and_are_those_of_the_run_folder(run, name):
 def test_configuration_environment_name_and_best_checkpoint_are_there(run):
     told = config(run[1])
     assert told["config"] == yaml.safe_load((run[0] / "config.yaml").read_text())
-    assert (
-        told["environment"]
-        == yaml.safe_load((run[0] / "environment.yaml").read_text())
-        == environment() | {name: told["environment"][name] for name in ("threads",)}
-    )
+    assert told["environment"] == yaml.safe_load((run[0] / "environment.yaml").read_text())
+    assert told["environment"]["torch"] == torch.__version__
     (started,) = [record.run for record in run[1] if record.WhichOneof("record_type") == "run"]
     assert started.display_name == "tiny-1"
     assert started.run_id == (run[0] / WANDB_ID).read_text()
@@ -189,8 +187,8 @@ def test_a_missing_logger_is_one_line_that_says_what_to_install(
     )
     said = capsys.readouterr().err.strip()
     assert status == 2
-    assert re.search(rf"pip install -U .?{package}", said.splitlines()[-1])
-    assert "Traceback" not in said
+    assert said.endswith(f"needs a package that is not installed: pip install {package}")
+    assert "\n" not in said
 
 
 def test_the_environment_names_what_decides_a_run():
