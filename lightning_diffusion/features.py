@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,8 @@ def extract(network: nn.Module, images: Tensor, extractor: FeatureExtractor) -> 
     Raises:
         ValueError: if the network does not take such images, or puts out another shape.
     """
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    own = chain(network.parameters(), network.buffers())
+    device = next((x.device for x in own), torch.device("cpu"))
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             features = network(images.to(device))
