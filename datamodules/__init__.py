@@ -13,6 +13,7 @@ from lightning_diffusion.datamodules.gaussian_mixture import GaussianMixtureData
 from lightning_diffusion.datamodules.image_folder import ImageFolderDataModule
 from lightning_diffusion.datamodules.latent_writing import write_latents
 from lightning_diffusion.datamodules.latents import LatentsDataModule
+from lightning_diffusion.datamodules.streaming import StreamingDataModule, StreamingOptions
 
 __all__ = [
     "DigitsDataModule",
@@ -20,5 +21,7 @@ __all__ = [
     "ImageFolderDataModule",
     "LatentsDataModule",
     "ResumableDataModule",
+    "StreamingDataModule",
+    "StreamingOptions",
     "write_latents",
 ]

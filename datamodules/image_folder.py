@@ -172,12 +172,17 @@ class ImageFolderDataModule(ResumableDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Mirror half of the training images, drawn for the global batch from (seed, epoch, micro-batch)."""
-        if not (self.flip and self.trainer and self.trainer.training):
-            return batch
-        loop = self.trainer.fit_loop
-        ranks, number = self.ranks(), loop.epoch_loop.batch_progress.current.ready
-        key = RandomKey(run_seed(), self.trainer.current_epoch, number, 1, ranks.rank, ranks.num_replicas)
-        return {**batch, "image": mirror(batch["image"], key.uniform("flip", len(batch["image"])) < 0.5)}
+        return mirror_half(self, batch) if self.flip else batch
+
+
+def mirror_half(data: ResumableDataModule, batch: Batch) -> Batch:
+    """Mirror half of a batch's images while `data` is trained on, drawn for the global batch by its place."""
+    if not (data.trainer and data.trainer.training):
+        return batch
+    loop = data.trainer.fit_loop
+    ranks, number = data.ranks(), loop.epoch_loop.batch_progress.current.ready
+    key = RandomKey(run_seed(), data.trainer.current_epoch, number, 1, ranks.rank, ranks.num_replicas)
+    return {**batch, "image": mirror(batch["image"], key.uniform("flip", len(batch["image"])) < 0.5)}
 
 
 def mirror(images: Tensor, chosen: Tensor) -> Tensor:

@@ -123,22 +123,26 @@ class LatentsDataModule(ResumableDataModule):
         return LatentShards(shards, seed if self.sample else None, self.labels)
 
     def _loader(self, data: BatchDataset, **options: Any) -> ResumableLoader:
-        self._check_representation()
+        refuse_other_representation(self.trainer, self.writing.autoencoder, self.shards[0].path.parent)
         return super()._loader(data, **options)
 
-    def _check_representation(self) -> None:
-        """Late, as a loader is made: the autoencoder has its parameters by then, from a file or a checkpoint."""
-        representation = getattr(self.trainer and self.trainer.lightning_module, "representation", None)
-        if not isinstance(representation, LatentRepresentation):
-            return
-        if not representation.encoded:
-            raise ValueError(
-                "The batches are latents already, but LatentRepresentation would encode them as images: set "
-                "representation.init_args.encoded: true."
-            )
-        if representation.fingerprint != self.writing.autoencoder:
-            raise ValueError(
-                f"The latents in {self.shards[0].path.parent} were made by an autoencoder whose parameters hash to "
-                f"{self.writing.autoencoder}; those of the representation hash to {representation.fingerprint}. Give "
-                "it the one in autoencoder.safetensors there, or write the latents again."
-            )
+
+def refuse_other_representation(trainer: Any, made_by: str, folder: str | Path) -> None:
+    """Refuse a module that would encode latents, or whose autoencoder has not the fingerprint `made_by`.
+
+    Late, as a loader is made: the autoencoder has its parameters by then, from a file or a checkpoint.
+    """
+    representation = getattr(trainer and trainer.lightning_module, "representation", None)
+    if not isinstance(representation, LatentRepresentation):
+        return
+    if not representation.encoded:
+        raise ValueError(
+            "The batches are latents already, but LatentRepresentation would encode them as images: set "
+            "representation.init_args.encoded: true."
+        )
+    if representation.fingerprint != made_by:
+        raise ValueError(
+            f"The latents in {folder} were made by an autoencoder whose parameters hash to {made_by}; those of the "
+            f"representation hash to {representation.fingerprint}. Give it the one in autoencoder.safetensors there, "
+            "or write the latents again."
+        )

@@ -15,7 +15,7 @@ run
 
 data
   --data CLASS                   DigitsDataModule, ImageFolderDataModule, LatentsDataModule,
-                                 GaussianMixtureDataModule
+                                 StreamingDataModule, GaussianMixtureDataModule
   --data.folder PATH             images for ImageFolderDataModule, a sub-folder per class
   --data.batch_size INT          images per process and micro-batch
   --data.image_size INT          pixels

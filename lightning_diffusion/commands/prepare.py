@@ -7,11 +7,14 @@ from typing import Any
 from lightning_diffusion.commands.parser import Parser, run_action
 
 HELP = """\
-usage: lightning-diffusion prepare latents --config FILE --out FOLDER [--KEY VALUE ...]
+usage: lightning-diffusion prepare FOLDER OUT --image-size N [--latents CONFIG]
+       lightning-diffusion prepare latents --config FILE --out FOLDER [--KEY VALUE ...]
 
 Compute once, before training, what would else be computed in every step.
 
-  latents       encode the images of `data` by the autoencoder of `model.representation`, onto the disk
+  FOLDER OUT    write images of any number, or their latents, in chunks, for StreamingDataModule, from a disk or a
+                bucket; `prepare images FOLDER OUT` is the same
+  latents       encode the images of `data` by the autoencoder of `model.representation`, for LatentsDataModule
 
 lightning-diffusion prepare ACTION --help tells the options of each."""
 
@@ -24,10 +27,67 @@ configurations:
   lightning-diffusion prepare latents --config FILE --out latents
   lightning-diffusion fit --config FILE --config latents/latents.yaml"""
 
+_IMAGES_EXAMPLES = """\
+OUT is for StreamingDataModule, from there or from a bucket that it was copied to:
+  lightning-diffusion prepare photos chunks --image-size 64
+  lightning-diffusion fit --config FILE --data StreamingDataModule --data.folder chunks
+
+With --latents it holds latents.yaml too, which goes after the other configurations:
+  lightning-diffusion prepare photos chunks --image-size 64 --latents FILE
+  lightning-diffusion fit --config FILE --config chunks/latents.yaml
+
+Stopped in any way, the same command goes on where it was, and ends with the same files."""
+
 
 def run(command: str, arguments: list[str]) -> int:
-    """Do what the first word says."""
+    """Do what the first word says; a folder means images."""
+    if (
+        len(arguments) > 1
+        and not {arguments[0], arguments[0][:1]} & {*_ACTIONS, "-"}
+        and arguments[1][:1] != "-"
+    ):
+        arguments = ["images", *arguments]
     return run_action("prepare", arguments, _ACTIONS, HELP)
+
+
+def _images(arguments: list[str]) -> None:
+    parser = Parser("prepare images", "Write images, or their latents, in chunks.", _IMAGES_EXAMPLES)
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="of images, or of one sub-folder of them per class")
+    add("out", metavar="OUT", help="what to write to")
+    add(
+        "--image-size",
+        type=int,
+        required=True,
+        metavar="N",
+        help="images are scaled to cover N x N, and cropped",
+    )
+    add("--channels", type=int, default=3, metavar="N", help="3 for colour, 1 for grey (3)")
+    add(
+        "--held-out", type=float, default=0.05, metavar="SHARE", help="of each class, never trained on (0.05)"
+    )
+    add("--skip-broken", action="store_true", help="leave out files that are no whole images")
+    add(
+        "--latents", action="append", metavar="CONFIG", help="encode by the autoencoder of this configuration"
+    )
+    add(
+        "--batch-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="images that are read and encoded at once (64)",
+    )
+    add("--chunk-megabytes", type=int, default=64, metavar="N", help="about how large a file is (64)")
+    add("--workers", type=int, metavar="N", help="processes that read images (one per core, at most 8)")
+    add("--device", metavar="NAME", help="that encodes: cpu, cuda, ... (a GPU where there is one)")
+    add("--overwrite", action="store_true", help="replace what was prepared in another way")
+    own = parser.parse(arguments)
+    for name in ("image_size", "batch_size", "chunk_megabytes"):
+        if getattr(own, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(own, name)}, expected 1 or more")
+    from lightning_diffusion.commands.prepare_images import prepare
+
+    prepare(own)
 
 
 def _latents(arguments: list[str]) -> None:
@@ -45,4 +105,4 @@ def _latents(arguments: list[str]) -> None:
     prepare(own, others, [option for option in parser._option_string_actions if option.startswith("--")])
 
 
-_ACTIONS: dict[str, Any] = {"latents": _latents}
+_ACTIONS: dict[str, Any] = {"images": _images, "latents": _latents}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from lightning_diffusion.autoencoders import PretrainedAutoencoder
 from lightning_diffusion.commands.reading import read_configuration
@@ -16,6 +17,7 @@ from lightning_diffusion.datamodules import LatentsDataModule, write_latents
 from lightning_diffusion.io import write_atomically
 from lightning_diffusion.latent import LatentRepresentation
 from lightning_diffusion.latent_shards import AUTOENCODER, Shard
+from lightning_diffusion.module import DiffusionModule
 from lightning_diffusion.recording import public_path
 
 OVERLAY = "latents.yaml"
@@ -24,20 +26,24 @@ OVERLAY = "latents.yaml"
 def prepare(own: argparse.Namespace, arguments: list[str], own_options: Sequence[str]) -> None:
     """Write the latents and the configuration that trains on them."""
     cli = read_configuration(arguments, own_options)
-    representation = cli.model.representation
-    if not isinstance(representation, LatentRepresentation) or representation.encoded:
-        raise ValueError(
-            f"prepare latents needs an autoencoder and images: found model.representation {_named(representation)}, "
-            "expected LatentRepresentation with encoded: false"
-        )
-    device = own.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    autoencoder = representation.autoencoder.to(device)
+    autoencoder = autoencoder_of(cli.model, own.device)
     shards = write_latents(cli.datamodule, autoencoder, own.out, own.batch_size, own.overwrite)
     overlay = Path(own.out) / OVERLAY
-    text = yaml.safe_dump(_overlay(cli.config.as_dict(), own.out), sort_keys=False)
-    write_atomically(overlay, lambda file: file.write(text.encode()))
+    data = {"class_path": public_path(LatentsDataModule), "init_args": {"folder": own.out}}
+    write_overlay(overlay, cli.config.as_dict(), data)
     print(f"{own.out}: {_described(shards)}")
     print(f"  train  lightning-diffusion fit {_configs(arguments)}--config {overlay}", flush=True)
+
+
+def autoencoder_of(model: DiffusionModule, device: str | None) -> nn.Module:
+    """The autoencoder of a model that is trained on images, on `device`, by default a GPU where there is one."""
+    representation = model.representation
+    if not isinstance(representation, LatentRepresentation) or representation.encoded:
+        raise ValueError(
+            f"prepare needs an autoencoder and images: found model.representation {_named(representation)}, expected "
+            "LatentRepresentation with encoded: false"
+        )
+    return representation.autoencoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _named(representation: Any) -> str:
@@ -45,20 +51,27 @@ def _named(representation: Any) -> str:
     return f"{type(representation).__name__}{' with encoded: true' if encoded else ''}"
 
 
-def _overlay(config: dict[str, Any], folder: str) -> dict[str, Any]:
-    """What a configuration says of representation and data, for training on what was written."""
+def write_overlay(path: Path, config: dict[str, Any], data: dict[str, Any]) -> None:
+    """Write what a configuration says of representation and data, for training on the latents in the folder of `path`.
+
+    Args:
+        path: of the YAML.
+        config: of the training on images.
+        data: {class_path, init_args} of the datamodule; gets the batch size of the configuration.
+    """
     representation = config["model"]["representation"]
     arguments = representation["init_args"]
     pretrained = public_path(PretrainedAutoencoder)
     if arguments["autoencoder"]["class_path"] != pretrained:
-        weights = {"autoencoder": arguments["autoencoder"], "weights": str(Path(folder) / AUTOENCODER)}
+        weights = {"autoencoder": arguments["autoencoder"], "weights": str(path.parent / AUTOENCODER)}
         arguments = {**arguments, "autoencoder": {"class_path": pretrained, "init_args": weights}}
     batch_size = config["data"].get("init_args", {}).get("batch_size", 64)
-    data = {"folder": folder, "batch_size": batch_size}
-    return {
+    overlay = {
         "model": {"representation": {**representation, "init_args": {**arguments, "encoded": True}}},
-        "data": {"class_path": public_path(LatentsDataModule), "init_args": data},
+        "data": {**data, "init_args": {**data["init_args"], "batch_size": batch_size}},
     }
+    text = yaml.safe_dump(overlay, sort_keys=False)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _described(shards: Sequence[Shard]) -> str:
