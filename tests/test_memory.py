@@ -102,6 +102,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(planner):
     memory = planner.plan(100).total + 1000
     largest = planner.largest_batch(memory)
     assert planner.plan(largest).total <= memory < planner.plan(largest + 1).total
+    assert planner.estimated_batch(memory) == pytest.approx(largest, rel=0.02)
     assert planner.largest_batch(planner.plan().parts.weights) == 0
 
 

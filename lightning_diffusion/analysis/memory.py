@@ -165,6 +165,12 @@ class MemoryPlanner:
             guess = met
         return fits
 
+    def estimated_batch(self, memory: int) -> int:
+        """`largest_batch` by one chord, from one sample to the batch that was given, and beyond it: for a table."""
+        size = max(2, self.step.batch_size)
+        one, total = self.plan(1).total, self.plan(size).total
+        return 0 if one > memory else 1 + int((memory - one) * (size - 1) / max(total - one, 1))
+
     def _on_one(self, batch_size: int) -> Parts:
         if batch_size not in self._planned:
             self._planned[batch_size] = self._measured(batch_size)

@@ -32,7 +32,7 @@ class MemoryExamination(Examination):
         planners = _planners(patient)
         plans = {name: planner.plan() for name, planner in planners.items()}
         largest = (
-            {name: planner.largest_batch(memory) for name, planner in planners.items()} if memory else {}
+            {name: planner.estimated_batch(memory) for name, planner in planners.items()} if memory else {}
         )
         own = plans["as configured"]
         spread = _spread(own, planners["as configured"])
@@ -111,7 +111,7 @@ def _findings(
     share = own.total / memory
     evidence = (
         f"the plan is {in_gb(own.total)} of {in_gb(memory)} with a batch of {own.batch_size}; "
-        f"{_largest(largest)} would fit, before what libraries take"
+        f"about {_largest(largest)} would fit, before what libraries take"
     )
     remedy = _remedy(patient, own.batch_size, largest)
     if share > 1:
@@ -153,7 +153,7 @@ def _named(precision: str, checkpointing: bool) -> str:
 
 
 def _header(memory: int | None) -> tuple[str, ...]:
-    return (*_HEADER, f"largest batch in {in_gb(memory)}") if memory else _HEADER
+    return (*_HEADER, f"largest batch in {in_gb(memory)}, about") if memory else _HEADER
 
 
 def _row(name: str, plan: MemoryPlan, largest: int | None) -> tuple[str, ...]:
