@@ -1,6 +1,6 @@
 """The picture of docs/logging.md: a minute's training on the digits, seen by NoiseLevelMonitor.
 
-    OMP_NUM_THREADS=1 python benchmarks/noise_level_picture.py docs/images/noise_levels.png [--steps 500]
+    OMP_NUM_THREADS=1 python benchmarks/noise_level_picture.py docs/images/noise_levels.png [--steps 300]
 
 The digits job's network and rate, with EDM's objective as published: without stable targets, whose loss has no floor.
 """
@@ -51,7 +51,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
