@@ -132,7 +132,7 @@ def _largest(largest: dict[str, int]) -> str:
 
 def _remedy(patient: Patient, batch_size: int, largest: dict[str, int]) -> str:
     """The same images per step in more micro-batches, or low precision where a single image is too many."""
-    fits = int(largest["as configured"] * _NEARLY)
+    fits = largest["as configured"] and max(1, int(largest["as configured"] * _NEARLY))
     if not fits:
         better = max(largest, key=lambda name: largest[name])
         return (
