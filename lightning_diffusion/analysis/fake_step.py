@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -63,7 +63,7 @@ class FakeStep:
         if checkpointing:
             checkpoint_blocks_(network_of(self.module))
         with self._without_data():
-            self.module = self.precision.convert_module(self.module)  # type: ignore[assignment]
+            self.module = _converted(self.module, self.precision)
             self._remember_references()
             self.optimizers = _optimizers(self.module)
             self._take_first_step()
@@ -147,6 +147,21 @@ class FakeStep:
                     f"{type(self.module).__name__} needs the values of tensors in its training step ({error}), and a "
                     "plan has only their shapes. Take .item(), bool() and indexing by masks out of the step."
                 ) from error
+
+
+def _converted(module: Any, precision: Precision) -> Any:
+    """As the plugin does it; Lightning's true half precision by hand, whose `Module.to` fails on fake parameters."""
+    if not isinstance(precision, HalfPrecision):
+        return precision.convert_module(module)
+    dtype = precision._desired_input_dtype
+    for owner in module.modules():
+        for name, p in owner._parameters.items():
+            if p is not None and p.is_floating_point():
+                owner._parameters[name] = nn.Parameter(p.detach().to(dtype), p.requires_grad)
+        for name, b in owner._buffers.items():
+            if b is not None and b.is_floating_point():
+                owner._buffers[name] = b.to(dtype)
+    return module
 
 
 def _fake_copy(module: LightningModule, mode: FakeTensorMode) -> LightningModule:

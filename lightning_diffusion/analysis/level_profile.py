@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,16 +24,24 @@ _SAMPLES = 256  # that moments are of
 _IMAGES = 32  # that gradients are of
 _SECONDS = 20.0  # after which no further gradient is measured
 _STEPS = 10
+_DRAWS = 1001
 
 
 class LevelProfile(NamedTuple):
-    """By level, rising log-SNR (L,): deviations (root mean squares) and gradient norms."""
+    """By level, rising log-SNR (L,): deviations (root mean squares) and gradient norms; levels as drawn (n,)."""
 
     log_snr: Tensor
     inputs: Tensor
     residuals: Tensor
     outputs: Tensor
     gradients: Tensor
+    drawn: Tensor
+
+    @property
+    def typical_gradient(self) -> float:
+        """The median norm over draws, between levels by interpolation."""
+        norms = np.interp(self.drawn.numpy(), self.log_snr.numpy(), self.gradients.double().numpy())
+        return float(np.median(norms))
 
 
 def level_profile(module: Any, data: DrawnData, seed: int = 0) -> LevelProfile:
@@ -49,8 +58,10 @@ def level_profile(module: Any, data: DrawnData, seed: int = 0) -> LevelProfile:
         gradients.append(math.nan if late else gradient_norm(module, few, one, RandomKey(seed, batch=number)))
     norms = torch.tensor(gradients)
     known = norms.where(~norms.isnan(), norms[0])
+    u = (torch.arange(_DRAWS, dtype=torch.float64) + 0.5) / _DRAWS
+    drawn = objective.density.quantile(u, objective.schedule).clamp(-20, 20)
     inputs, residuals, outputs = torch.tensor(moments).unbind(1)
-    return LevelProfile(log_snr, inputs, residuals, outputs, known)
+    return LevelProfile(log_snr, inputs, residuals, outputs, known, drawn)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from lightning_diffusion.analysis.level_profile import LevelProfile, attention_g
 from lightning_diffusion.analysis.patient import Patient
 
 _UNEVEN, _BADLY = 2.5, 10.0  # factors between deviations and 1
-_GRADIENTS = 1e4
+_GRADIENTS = 100
 _LOUD = 1.5  # output over residual, deviations
 _SHARP, _GROWTH = 50.0, 3.0
 
@@ -57,10 +57,11 @@ def _gradients(profile: LevelProfile) -> Iterator[Finding]:
     if not bool(norms.isfinite().all()):
         title = "Gradients of some level are not finite."
         yield Finding("gradient-levels", Severity.ERROR, title, f"norms {norms.tolist()}")
-    elif float(norms.max()) > _GRADIENTS * max(float(norms.min()), 1e-30):
-        title = "A level's gradient is so much larger than another's that it decides every step."
+    elif float(norms.max()) > _GRADIENTS * profile.typical_gradient:
+        title = "A level's gradient is so much larger than others' that it decides every step."
         evidence = (
-            f"norms from {float(norms.min()):.2g} to {float(norms.max()):.2g}, each weighted as in training"
+            f"norms of up to {float(norms.max()):.2g}, half of the draws have less than "
+            f"{profile.typical_gradient:.2g}, each weighted as in training"
         )
         remedy = "model.objective.init_args.weighting: EDMWeighting"
         yield Finding("gradient-levels", Severity.WARNING, title, evidence, remedy)

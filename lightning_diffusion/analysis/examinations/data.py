@@ -218,7 +218,7 @@ def _classes(patient: Patient) -> Iterator[Finding]:
         return
     counts = torch.bincount(torch.cat(known).clamp(0, number), minlength=number + 1)[:number]
     least, most = int(counts.min()), int(counts.max())
-    if most > _UNEVEN * max(least, 1) and int(counts.sum()) > 20 * number:
+    if most > _UNEVEN * max(least, 1) and int(counts.sum()) > 10 * number:
         evidence = (
             f"{least} of class {int(counts.argmin())}, {most} of class {int(counts.argmax())} were drawn"
         )

@@ -12,6 +12,7 @@ from lightning_diffusion.analysis.number_formats import (
     Hardware,
     Recommendation,
     hardware_of,
+    number_format,
     recommended_precision,
 )
 from lightning_diffusion.analysis.operator_table import LOW
@@ -19,6 +20,7 @@ from lightning_diffusion.analysis.patient import Patient
 from lightning_diffusion.analysis.precision_examination import audited
 from lightning_diffusion.analysis.precision_report import PrecisionReport
 from lightning_diffusion.callbacks.gradient_callback import GradientCallback
+from lightning_diffusion.precision import DiffusionPrecision
 
 STEPS = 3
 _ROWS = 10
@@ -38,7 +40,23 @@ class PrecisionExamination(Examination):
         closest = _closest(report)
         tables = (_formats(report, hardware, advice), *([closest] if closest.rows else []))
         chart = Picture("Magnitudes by layer", lambda dark: magnitude_chart(report))
-        return Section(self.name, (*report.findings, *_advised(report, hardware, advice)), tables, (chart,))
+        found = (*_unscaled(patient), *report.findings, *_advised(report, hardware, advice))
+        return Section(self.name, found, tables, (chart,))
+
+
+def _unscaled(patient: Patient) -> tuple[Finding, ...]:
+    """Float16 whose losses nobody scales: of a plugin without a scaler, or of parameters in float16."""
+    precision, plugin = patient.trainer.precision, patient.trainer.precision_plugin
+    scaled = precision == "16-mixed" and (plugin is None or getattr(plugin, "scaler", None) is not None)
+    if precision not in ("16-mixed", "16-true") or scaled or isinstance(plugin, DiffusionPrecision):
+        return ()
+    smallest = number_format(torch.float16).smallest_subnormal
+    evidence = (
+        f"found {precision}: gradients below {smallest / 2:.1e} become 0, as most do late in a training"
+    )
+    remedy = "trainer.plugins: [{class_path: DiffusionPrecision, init_args: {precision: 16-mixed}}]"
+    title = "Float16 without loss scaling: small gradients vanish."
+    return (Finding("loss-scaling", Severity.ERROR, title, evidence, remedy),)
 
 
 def _advised(report: PrecisionReport, hardware: Hardware, advice: Recommendation) -> tuple[Finding, ...]:
