@@ -25,8 +25,11 @@ from lightning_diffusion.densities import LogNormalSigma as LogNormalSigma
 from lightning_diffusion.densities import LogUniformSigma as LogUniformSigma
 from lightning_diffusion.densities import Truncated as Truncated
 from lightning_diffusion.densities import UniformSigma as UniformSigma
+from lightning_diffusion.diffusers_models import DiffusersUNet as DiffusersUNet
 from lightning_diffusion.exported import export_safetensors as export_safetensors
 from lightning_diffusion.exported import load_module as load_module
+from lightning_diffusion.exporting import export_diffusers as export_diffusers
+from lightning_diffusion.exporting import export_program as export_program
 from lightning_diffusion.features import FeatureExtractor as FeatureExtractor
 from lightning_diffusion.features import InceptionFeatures as InceptionFeatures
 from lightning_diffusion.features import ModuleFeatures as ModuleFeatures
@@ -71,6 +74,7 @@ from lightning_diffusion.presets import EDM as EDM
 from lightning_diffusion.presets import EDM2 as EDM2
 from lightning_diffusion.presets import RectifiedFlow as RectifiedFlow
 from lightning_diffusion.presets import VPrediction as VPrediction
+from lightning_diffusion.pretrained import load_network as load_network
 from lightning_diffusion.processes import Schedule as Schedule
 from lightning_diffusion.processes import StraightPath as StraightPath
 from lightning_diffusion.processes import VarianceExploding as VarianceExploding

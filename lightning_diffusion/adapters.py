@@ -1,4 +1,4 @@
-"""Published state dicts in: EDM2 (Karras et al. 2024) and DiT (Peebles & Xie 2023).
+"""Published state dicts in: EDM2 (Karras et al. 2024) and DiT (Peebles & Xie 2023); diffusers' models both ways.
 
 The parameters are ours, under our names: `.network` of what is returned goes into a DiffusionModule like any other.
 """
@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_diffusion.diffusers_models import dit_from_diffusers as dit_from_diffusers
+from lightning_diffusion.diffusers_models import dit_to_diffusers as dit_to_diffusers
+from lightning_diffusion.diffusers_models import unet_from_diffusers as unet_from_diffusers
+from lightning_diffusion.diffusers_models import unet_to_diffusers as unet_to_diffusers
 from lightning_diffusion.networks.dit import DiT, DiTOptions, DiTSize
 from lightning_diffusion.networks.magnitude_preserving import (
     CosineAttention,

@@ -22,7 +22,7 @@ _ALIKE = 0.02  # what Standardize measures of the same data differs by less from
 
 @dataclass(frozen=True)
 class AutoGuidance(Guidance):
-    """x_0 = g + scale (c - g), g a smaller or shorter trained model under the same condition (Karras et al. 2024, eq. 3).
+    """x_0 = g + scale (c - g), g a smaller or shorter trained model, same condition (Karras et al. 2024, eq. 3).
 
     The guide makes the same mistakes, only larger: moving away from it corrects them, without a null label and without
     the loss of variety that ClassifierFree brings. A guide without classes gives classifier-free guidance between two

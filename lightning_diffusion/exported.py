@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ def network_state(module: DiffusionModule, weights: str | None = None) -> dict[s
     state = module.network.state_dict()
     chosen = state if values is None else overlay(state, values)
     return {name: x.detach().to("cpu", copy=True).contiguous() for name, x in chosen.items()}
+
+
+def network_with(module: DiffusionModule, weights: str | None = None) -> nn.Module:
+    """A copy of a module's network, on the CPU, in eval mode, with weights as in `network_state`."""
+    network = copy.deepcopy(module.network).cpu()
+    network.load_state_dict(network_state(module, weights))
+    return network.eval()
 
 
 def export_safetensors(module: DiffusionModule, path: str | Path, weights: str | None = None) -> None:
