@@ -16,6 +16,7 @@ from small_module import fit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
+from violations_by_others import OTHERS
 
 import lightning_diffusion as ld
 from lightning_diffusion.analysis.doctor import examine
@@ -56,7 +57,7 @@ def made(planted):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("planted", PLANTED, ids=lambda p: p.check)
+@pytest.mark.parametrize("planted", [*PLANTED, *OTHERS], ids=lambda p: p.check)
 def test_finds_what_is_planted_where_it_is(planted):
     report = trained(made(planted), planted.precision(), **planted.trainer)
     found = [v for v in report.verdicts if v.check == planted.check]
