@@ -15,7 +15,7 @@ _FOREIGN = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"
 _INITIAL, _MOSTLY_INITIAL = 0.01, 0.1
 _SHORT = 1e-3  # of the steps
 _FEW, _TOO_FEW = 16, 4  # snapshots
-_POWER = "trainer.callbacks: [PowerFunctionEMA]"
+_POWER = "trainer.callbacks: [PowerFunctionEMA]  # in place of this one, beside the others"
 
 
 class Reach(NamedTuple):

@@ -9,6 +9,7 @@ from lightning_diffusion.analysis.conditioning_charts import conditioning_chart
 from lightning_diffusion.analysis.findings import Examination, Finding, Picture, Section, Severity, Table
 from lightning_diffusion.analysis.level_profile import LevelProfile, attention_growth, level_profile
 from lightning_diffusion.analysis.patient import Patient
+from lightning_diffusion.targets import Space
 
 _UNEVEN, _BADLY = 2.5, 10.0  # factors between deviations and 1
 _GRADIENTS = 100
@@ -34,10 +35,10 @@ class ConditioningExamination(Examination):
 
 
 def _deviations(profile: LevelProfile, patient: Patient) -> Iterator[Finding]:
-    remedy = (
-        "model.objective.init_args.preconditioning: {class_path: EDMPreconditioning, init_args: "
-        f"{{sigma_data: {float(patient.drawn.x0.std()):.3g}}}}}"
-    )
+    objective = patient.objective
+    standardized = f"model.representation: {{class_path: Standardize, init_args: {{sigma_data: {objective.sigma_data:g}}}}}"
+    unit_variance = objective.preconditioning.output_space is Space.RESIDUAL
+    remedy = standardized if unit_variance else "model.objective: EDM  # unit variance in and out"
     for check, what, values in (
         ("input", "input", profile.inputs),
         ("residual", "regression target", profile.residuals),

@@ -15,6 +15,7 @@ from lightning_diffusion.analysis.patient import Patient
 from lightning_diffusion.batches import LABEL, unpack
 from lightning_diffusion.checks import TOLERANCE
 from lightning_diffusion.plots import image_grid
+from lightning_diffusion.targets import Space
 
 _FAR, _OFF = 1.5, 1.2  # factors between deviations: an error, a warning
 _OFF_CENTRE = 0.3  # of the deviation
@@ -185,7 +186,7 @@ def _range(loaded: Loaded) -> Iterator[Finding]:
 
 
 def _deviation(patient: Patient, trained: Trained) -> Iterator[Finding]:
-    unit_variance = patient.objective.preconditioning.output_space.name == "RESIDUAL"
+    unit_variance = patient.objective.preconditioning.output_space is Space.RESIDUAL
     evidence = f"deviation {trained.std:.3g}, assumed {trained.assumed:.3g}: a factor of {trained.factor:.3g}"
     if trained.factor > _OFF:
         severity = Severity.ERROR if unit_variance and trained.factor > _FAR else Severity.WARNING

@@ -116,10 +116,21 @@ def _sampler(levels: TrainedLevels, sampled: NoiseLevel) -> Iterator[Finding]:
         if max(noisier, cleaner) > _FAR_BEYOND or (signal if bad_noisy else 0) > 0.2
         else Severity.WARNING
     )
-    bounds = f"{{sigma_min: {math.exp(-high / 2):.2g}, sigma_max: {math.exp(-low / 2):.3g}}}"
-    remedy = f"model.objective.init_args.schedule: {{class_path: EDMSchedule, init_args: {bounds}}}"
+    remedy = _within(levels, low, high)
     title = "The sampler passes through levels that training does not draw."
     yield Finding("sampler-range", severity, title, evidence, remedy)
+
+
+def _within(levels: TrainedLevels, low: float, high: float) -> str:
+    """The sampler's range cut to training's, where a schedule has one of its own; else a density that covers it."""
+    schedule: Any = levels.objective.schedule
+    if not hasattr(schedule, "sigma_max"):
+        return "model.objective.init_args.density: UniformTime  # draws every level of the schedule"
+    least, most = max(schedule.sigma_min, math.exp(-high / 2)), min(schedule.sigma_max, math.exp(-low / 2))
+    bounds = f"{{sigma_min: {least:.2g}, sigma_max: {most:.3g}}}"
+    return (
+        f"model.objective.init_args.schedule: {{class_path: {type(schedule).__name__}, init_args: {bounds}}}"
+    )
 
 
 def _start(start: Start, objective: Any) -> Iterator[Finding]:
