@@ -109,10 +109,11 @@ class FakeStep:
 
     def _remember_references(self) -> None:
         """As many clean samples as a StableTarget holds during a fit."""
-        target = self.module.objective.stable_target if isinstance(self.module, DiffusionModule) else None
-        if target is not None and target.reference_size:
+        module = self.module
+        target = module.objective.stable_target if isinstance(module, DiffusionModule) else None
+        if isinstance(module, DiffusionModule) and target is not None and target.reference_size:
             images, condition = unpack(self._batch_of(target.reference_size))
-            target.remember([(self.module.representation.encode(images.float()), condition.get(LABEL))])
+            target.remember([(module.representation.encode(images.float()), condition.get(LABEL))])
 
     def _take_first_step(self) -> None:
         self._grow_gradients()
