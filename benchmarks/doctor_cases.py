@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -175,7 +176,9 @@ def sick_row(case: Case, report: Report) -> str:
     """A line of the table."""
     found = place(report, case.check)
     named = [f for _, f in report.findings if f.check == case.check]
-    said = f"{named[0].severity}: {named[0].title} ({named[0].evidence})" if named else "not found"
+    said = (
+        f"{named[0].severity}: {named[0].title} ({shorten(named[0].evidence, 140)})" if named else "not found"
+    )
     return f"| {case.name} | {case.origin} | `{case.check}` | {found or 'none'} | {said} |"
 
 

@@ -56,3 +56,22 @@ def check_healthy(paths, only):
     report = cases.configured([cases.DIGITS, *paths], only, steps=4)
     assert [f for _, f in report.findings if f.severity is not Severity.NOTE] == []
     assert report.status == 0
+
+
+def first_remedy(case):
+    report = cases.report_of(case, QUICK, steps=4)
+    return next(f.remedy for _, f in report.findings if f.check == case.check)
+
+
+MENDED = [case for case in cases.CASES if case.yaml and case.name not in NEED_STEPS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MENDED, ids=lambda case: case.name)
+def test_the_remedy_mends_the_configuration(case, tmp_path):
+    (tmp_path / "sick.yaml").write_text(case.yaml)
+    (tmp_path / "mended.yaml").write_text(first_remedy(case) + "\n")
+    report = cases.configured(
+        [cases.DIGITS, tmp_path / "sick.yaml", tmp_path / "mended.yaml"], QUICK, steps=4
+    )
+    assert case.check not in [f.check for _, f in report.findings]
