@@ -26,6 +26,7 @@ from lightning_diffusion.chunks import (
     Part,
     Prepared,
     chunk_name,
+    naming_full_disk,
     write_chunk,
     write_index,
     write_json,
@@ -93,7 +94,11 @@ class ChunkWriter:
             FileExistsError: if `folder` holds anything else.
             OSError: if the disk is full.
         """
-        folder, plan = Path(folder), self._plan(data)
+        with naming_full_disk(Path(folder)):
+            return self._write(data, Path(folder))
+
+    def _write(self, data: ImageFolderDataModule, folder: Path) -> Prepared:
+        plan = self._plan(data)
         if self._begin(folder, plan):
             return read_prepared(str(folder))
         form = self._form(data, folder)

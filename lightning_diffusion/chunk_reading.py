@@ -132,7 +132,7 @@ class ChunkReader:
         path = self.folder / self.chunks[chunk]["filename"]
         self._fetch(chunk, path)
         check_chunk(path, self.chunks[chunk])
-        content = memoryview(np.memmap(path, np.uint8, "r"))  # type: ignore[arg-type]
+        content = memoryview(np.memmap(path, np.uint8, "c"))  # type: ignore[arg-type]
         return content, np.frombuffer(content, np.uint32, self.sizes[chunk] + 1, 4).tolist()
 
     def _fetch(self, chunk: int, path: Path) -> None:

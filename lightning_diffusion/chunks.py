@@ -12,6 +12,7 @@ where the autoencoder's posterior is random, and "label", an int, where there ar
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -88,20 +89,23 @@ def write_chunk(folder: Path, number: int, samples: Mapping[str, Tensor]) -> Non
         folder: of the part.
         number: of the chunk.
         samples: tensors (N, ...) as the module's docstring lists, N at least 1; label int64 (N,).
-
-    Raises:
-        OSError: naming the chunk, if the disk is full.
     """
     writer = _writer(folder, number, len(next(iter(samples.values()))))
     for index, sample in enumerate(_samples(samples)):
         writer.add_item(index, sample)
+    writer.write_chunk(on_done=True)
+
+
+@contextlib.contextmanager
+def naming_full_disk(folder: Path) -> Iterator[None]:
+    """What to do when the disk of `folder` is full."""
     try:
-        writer.write_chunk(on_done=True)
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        said = f"the disk is full ({os.strerror(error.errno)}); free some space and start the same command again, "
-        raise OSError(error.errno, f"{said}it goes on here", str(folder / chunk_name(number))) from error
+        said = f"the disk is full ({os.strerror(error.errno)}): free some space and start the same command again, "
+        raise OSError(error.errno, f"{said}it goes on where it was", str(folder)) from error
 
 
 def _writer(folder: Path, number: int, size: int) -> Any:
