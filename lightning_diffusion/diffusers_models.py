@@ -136,7 +136,7 @@ def dit_to_diffusers(network: DiT) -> Any:
     _check_options(network)
     channels, side, _ = network.image_shape
     model = import_diffusers().DiTTransformer2DModel(
-        len(network.blocks[0].modulation.weight) // 6 // network.head_width, network.head_width, channels,
+        network.head_modulation.in_features // network.head_width, network.head_width, channels,
         network.outputs, len(network.blocks), sample_size=side, patch_size=network.patch_size,
         num_embeds_ada_norm=max(network.num_classes, 1), norm_eps=1e-6,
     )  # fmt: skip

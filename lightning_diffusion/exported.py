@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_diffusion.averaging import overlay
 from lightning_diffusion.io import checkpoint_of, load_checkpoint, publish, temporary_beside
 from lightning_diffusion.module import CHECKPOINT_FORMAT, DiffusionModule
+from lightning_diffusion.recording import INSTANTIATOR
 
 KEY = "lightning_diffusion"
 
@@ -87,10 +88,11 @@ def load_module(path: str | Path, network: nn.Module | None = None) -> Diffusion
             f"{file} does not say how to build its network: it is of another LightningModule, or its network is a "
             "foreign nn.Module. Load it from Python: lightning_diffusion.load_module(path, network=...).sample(...)"
         )
-    given = {} if network is None else {"network": network}
+    given: dict[str, Any] = {} if network is None else {"network": network}
     if not is_export:
         return DiffusionModule.load_from_checkpoint(file, map_location="cpu", **given)
-    module: DiffusionModule = instantiate_module(DiffusionModule, {**recorded, **given})
+    parts = {name: made for name, made in recorded.items() if name not in INSTANTIATOR}
+    module: DiffusionModule = instantiate_module(DiffusionModule, {**parts, **given})
     module.on_load_checkpoint(found)
     module.load_state_dict(found["state_dict"])
     return module

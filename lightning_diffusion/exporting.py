@@ -60,7 +60,9 @@ def export_diffusers(
 def export_program(module: DiffusionModule, path: str | Path, weights: str | None = None) -> None:
     """A program of the denoiser, for `torch.export.load(path).module()` where there is torch and nothing else.
 
-        x_0_hat = denoiser(x_t, alpha, sigma, label)        x_t (B, C, H, W) any B, alpha and sigma (B,)
+        x_0_hat = denoiser(x_t, alpha, sigma, label)        x_t (B, C, H, W), alpha and sigma (B,)
+
+    Any B; of DiffusersUNet at most 63.
 
     Preconditioning is inside; label int64 (B,), the null label is the number of classes, and context (B, T, D) are
     arguments where the network has them. Levels of the sampler's steps are in the file, under the extra file
@@ -122,12 +124,13 @@ def example(module: DiffusionModule) -> tuple[Tensor, ...]:
         raise ValueError(
             f"{type(module.network).__name__} does not say what shape it draws: give it image_shape = (C, H, W)."
         )
-    level = module.objective.schedule(torch.full((2,), 0.5))
+    x = torch.zeros(2, *module.image_shape)
+    level = module.objective.schedule(torch.full((2,), 0.5)).to(x)
     made = {
         LABEL: torch.zeros(2, dtype=torch.long),
         CONTEXT: torch.zeros(2, _TOKENS, getattr(module.network, "context_dim", 0)),
     }
-    return (torch.zeros(2, *module.image_shape), *level, *(made[name] for name in conditions_of(module)))
+    return (x, *level, *(made[name] for name in conditions_of(module)))
 
 
 def is_clipped(representation: Representation) -> bool:
@@ -136,7 +139,8 @@ def is_clipped(representation: Representation) -> bool:
 
 
 def _save(path: Path, program: nn.Module, given: tuple[Tensor, ...], said: dict[str, Any]) -> None:
-    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
+    batch = torch.export.Dim("batch", max=_most_at_once(program))
+    tokens = torch.export.Dim("tokens")
     shapes = [{0: batch} | ({1: tokens} if x.ndim == 3 else {}) for x in given]
     dynamic = (*shapes[:3], tuple(shapes[3:])) if isinstance(program, ExportedDenoiser) else tuple(shapes)
     with torch.no_grad():
@@ -146,6 +150,11 @@ def _save(path: Path, program: nn.Module, given: tuple[Tensor, ...], said: dict[
         with open(temporary, "wb") as file:
             torch.export.save(exported, file, extra_files={f"{KEY}.json": json.dumps(said)})
         publish(temporary, path)
+
+
+def _most_at_once(program: nn.Module) -> int | None:
+    """UNet2DModel takes another way from 64 images on, of which a program has only one."""
+    return 63 if any(isinstance(part, DiffusersUNet) for part in program.modules()) else None
 
 
 def _diffusers_model(network: nn.Module) -> tuple[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-
-from torch import nn
+from typing import Any, cast
 
 from lightning_diffusion.diffusers_models import dit_from_diffusers, import_diffusers, unet_from_diffusers
 from lightning_diffusion.exported import load_module, network_with
@@ -30,13 +30,17 @@ def load_network(path: str, weights: str | None = None) -> Network:
     """
     folder = _diffusers_folder(Path(path))
     if folder is None:
-        network: nn.Module = network_with(load_module(path), weights).train()
-        return network  # type: ignore[return-value]
+        loaded: Any = network_with(load_module(path), weights).train()
+        return cast(Network, loaded)
     kind = json.loads((folder / "config.json").read_text())["_class_name"]
-    adapters = {"UNet2DModel": unet_from_diffusers, "DiTTransformer2DModel": dit_from_diffusers}
+    adapters: dict[str, Callable[[Any], Network]] = {
+        "UNet2DModel": unet_from_diffusers,
+        "DiTTransformer2DModel": dit_from_diffusers,
+    }
     if kind not in adapters:
         raise ValueError(f"{folder} holds a {kind}; expected one of {', '.join(adapters)}")
-    return adapters[kind](getattr(import_diffusers(), kind).from_pretrained(folder)).train()
+    network: Network = adapters[kind](getattr(import_diffusers(), kind).from_pretrained(folder))
+    return network.train()
 
 
 def _diffusers_folder(path: Path) -> Path | None:

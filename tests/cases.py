@@ -99,7 +99,19 @@ CLIPPING_RULES = [
     ld.Normalise(0.3),
 ]
 REPRESENTATIONS = [ld.Identity(), ld.Standardize(), ld.LatentRepresentation(ld.PatchPCA())]
+DIFFUSERS_UNET = {
+    "sample_size": 8,
+    "in_channels": 2,
+    "out_channels": 2,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "num_class_embeds": 4,
+}
 NETWORKS = [
+    ld.DiffusersUNet(DIFFUSERS_UNET),
     ld.UNet((2, 8, 8), channels=8, num_blocks=1, num_classes=3, context_dim=6),
     ld.MagnitudePreservingUNet(
         (2, 8, 8),

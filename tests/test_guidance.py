@@ -149,3 +149,76 @@ def test_autoguidance_sharpens_each_mode_as_the_ode_says(scale, centres):
     deviation = offsets.square().mean().sqrt().item()
     error = deviation / math.sqrt(2 * offsets.numel())
     assert abs(deviation - s * (s / q) ** (scale - 1)) < 4 * error + 2e-3 * deviation
+
+
+class Scaled(ld.Network):
+    """Exact under EDM preconditioning for Gaussian data of deviation sigma_data, but for a factor on the residual."""
+
+    def __init__(self, factor=0.0, shape=(1, 4, 4), num_classes=3):
+        super().__init__()
+        self.image_shape, self.num_classes = shape, num_classes
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x, c_noise, label=None):
+        return self.factor * x + (
+            0 if label is None or not self.num_classes else 0.01 * label[:, None, None, None]
+        )
+
+
+def model(factor=0.0, schedule=None, **arguments):
+    parts = (schedule or ld.EDMSchedule(), ld.LogNormalSigma(), ld.EDMPreconditioning(), ld.EDMWeighting())
+    return ld.DiffusionModule(Scaled(factor, **arguments), ld.DiffusionObjective(*parts), ld.Identity(False))
+
+
+@pytest.mark.parametrize("schedule", [ld.EDMSchedule(), ld.FlowSchedule(), ld.LinearSchedule()])
+def test_a_guide_may_have_been_trained_on_another_process(schedule):
+    """c_in x_t does not depend on the scaling: equal networks are equal denoisers, with nothing to move away from."""
+    label = {"label": torch.tensor([0, 1, 2, 3])}
+    own, guide = model(0.1), model(0.1, schedule)
+    level = ld.EDMSchedule().at(torch.tensor([-8.0, -2.0, 0.0, 6.0]))
+    x_t = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    guided = own.denoiser(label, ld.AutoGuidance(guide, 3.0))(x_t, level)
+    assert_close(guided, own.denoiser(label)(x_t, level), rtol=1e-4, atol=1e-4)
+    other = own.denoiser(label, ld.AutoGuidance(model(0.5, schedule), 3.0))(x_t, level)
+    far = model(0.5).denoiser(label)(x_t, level)
+    assert_close(other, 3 * own.denoiser(label)(x_t, level) - 2 * far, rtol=1e-4, atol=1e-4)
+
+
+def test_pure_noise_is_no_level_of_a_guide_without_end():
+    own = model(schedule=ld.FlowSchedule())
+    level = NoiseLevel(torch.zeros(2), torch.ones(2))
+    with pytest.raises(ValueError, match="pure noise, which the guide's EDMSchedule never reaches"):
+        own.denoiser(None, ld.AutoGuidance(model()))(torch.zeros(2, 1, 4, 4), level)
+    bounded = own.denoiser(None, ld.AutoGuidance(model(), interval=(0.0, 50.0)))
+    assert bounded(torch.ones(2, 1, 4, 4), level).isfinite().all()
+
+
+def test_a_guide_without_classes_is_classifier_free_guidance_between_two_networks():
+    """Its label is not told: it answers as the model would without one."""
+    own, label = model(0.1), {"label": torch.tensor([1, 2])}
+    level, x_t = NoiseLevel(torch.ones(2), torch.ones(2)), torch.ones(2, 1, 4, 4)
+    between = own.denoiser(label, ld.AutoGuidance(model(0.1, num_classes=0), 2.0))(x_t, level)
+    assert_close(between, own.denoiser(label, ld.ClassifierFree(2.0))(x_t, level))
+
+
+@pytest.mark.parametrize(
+    ("guide", "message"),
+    [
+        (lambda: model(shape=(1, 8, 8)), r"images of \(1, 8, 8\), the model \(1, 4, 4\)"),
+        (lambda: model(num_classes=5), "classes 5, the model 3"),
+        (
+            lambda: ld.DiffusionModule(Scaled(), representation=ld.Standardize([0.0], [0.3])),
+            "Standardize is not the model's Identity",
+        ),
+    ],
+)
+def test_guides_of_other_data_are_refused(guide, message):
+    with pytest.raises(ValueError, match=message):
+        model().denoiser(None, ld.AutoGuidance(guide()))
+
+
+def test_guidance_without_a_null_label_is_refused():
+    for lacking in (model(num_classes=0), ld.DiffusionModule(Scaled(), label_dropout=0.0)):
+        with pytest.raises(ValueError, match=r"ClassifierFree\(.*needs a null label.*or use AutoGuidance"):
+            lacking.denoiser(None, ld.ClassifierFree(2.0))
+    model(num_classes=0).denoiser(None, ld.AutoGuidance(model(num_classes=0)))
