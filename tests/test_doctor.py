@@ -17,7 +17,7 @@ import lightning_diffusion as ld
 from lightning_diffusion.analysis.doctor import examine
 from lightning_diffusion.analysis.examinations.averages import reach_of
 from lightning_diffusion.analysis.findings import Finding, Picture, Section, Severity, Table
-from lightning_diffusion.analysis.level_profile import LargestLogit, level_profile
+from lightning_diffusion.analysis.level_profile import LargestLogit, attention_growth, level_profile
 from lightning_diffusion.analysis.patient import Patient
 from lightning_diffusion.analysis.report import Report
 from lightning_diffusion.analysis.report_page import page
@@ -229,3 +229,36 @@ def test_the_command_writes_a_page_and_says_by_its_status_how_bad_it_is(tmp_path
     zero += '{"zero_terminal_snr": true}}}}'
     assert main([*line, "--model.objective", zero]) == 2
     assert "configuration/singular" in capsys.readouterr().out
+
+
+def test_a_table_that_ends_too_early_is_a_mismatch_at_the_start_of_sampling():
+    short = ld.DDPM(ld.LinearSchedule(num_steps=100))  # SNR 0.57 at its end
+    one = patient(objective=short, representation=ld.Standardize(sigma_data=1.0), sampler=ld.DDIM())
+    assert "terminal-snr" in checks(examine(one, ["objective"]), Severity.WARNING)
+
+
+class PlainAttention(nn.Module):
+    """Without the normalised queries and keys by which our own networks bound their logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x, c_noise):
+        q, k, v = self.qkv(x.flatten(1, 2)).chunk(3, -1)
+        return self.out(scaled_dot_product_attention(q, k, v)).view_as(x)
+
+
+def growth(net, lr, **parts):
+    torch.manual_seed(0)
+    return attention_growth(patient(network=net(), optimizer=lambda p: torch.optim.AdamW(p, lr=lr), **parts))
+
+
+def test_attention_logits_grow_with_the_learning_rate_and_stay_without_one():
+    at_once = {"label_dropout": 1.0, "learning_rate": ld.WarmupConstant(warmup_steps=0)}
+    before, after, steps = growth(PlainAttention, 1.0, **at_once)
+    assert steps == 3
+    assert after > 10 * before > 0
+    still = growth(PlainAttention, 0.0, **at_once)
+    assert still[0] == still[1]
+    assert growth(network, 1.0) is None
