@@ -41,6 +41,8 @@ class DiffusersUNet(Network):
         ValueError: for a model that cannot be called so.
     """
 
+    float32_modules = ("model.time_embedding",)
+
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.model = import_diffusers().UNet2DModel.from_config(config)

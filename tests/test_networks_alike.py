@@ -68,7 +68,7 @@ def test_norms_embeddings_and_logits_are_float32_in_a_bfloat16_network(network):
     with recorder:
         output = low(X, LEVEL, **conditions(network))
     assert recorder.of("convolution") == {torch.bfloat16}
-    assert "embedding" in islands
+    assert any(name.endswith("embedding") for name in islands)
     assert recorder.of("mm", within="embedding") | recorder.of("cos") == {torch.float32}
     for statistic in ("native_group_norm", "native_layer_norm", "rsqrt", "linalg_vector_norm"):
         assert recorder.of(statistic) <= {torch.float32}, statistic
