@@ -128,7 +128,7 @@ def main() -> None:
         measured = measure(new_module(given.channels, given.size), setting, given.batch)
         print(row(planned, measured), flush=True)
         plans.append(planned)
-    activations = plans[0].parts.activations
+    activations = plan(given.channels, given.size, Setting(), given.batch).parts.activations
     print("\n| | closed form | plan |\n| --- | ---: | ---: |")
     print("\n".join(formula(planned, activations) for planned in plans if not planned.setting.checkpointing))
 
