@@ -180,6 +180,9 @@ def test_every_configuration_runs_with_the_command_that_it_opens_with(
         Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
     arguments = [str(tmp_path / "images") if word == "PATH" else word for word in shlex.split(opening)[2:]]
     monkeypatch.chdir(tmp_path)
+    if "CHUNKS" in arguments:
+        pytest.importorskip("litdata")
+        assert main(["prepare", "images", "CHUNKS", "--image-size", "64", "--workers", "0"]) == 0
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     quick = ["--trainer.fast_dev_run", "true", "--data.batch_size", "2", "--trainer.accelerator", "cpu"]
     quick += ["--model.sampler", "Euler", "--model.sampler.num_steps", "1"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from lightning_diffusion.commands.parser import Parser, run_action
@@ -40,12 +42,9 @@ Stopped in any way, the same command goes on where it was, and ends with the sam
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """Do what the first word says; a folder means images."""
-    if (
-        len(arguments) > 1
-        and not {arguments[0], arguments[0][:1]} & {*_ACTIONS, "-"}
-        and arguments[1][:1] != "-"
-    ):
+    """Do what the first word says; FOLDER OUT means images, also where a folder has the name of an action."""
+    words = list(takewhile(lambda word: not word.startswith("-"), arguments))
+    if len(words) == 2 or (len(words) == 1 and words[0] not in _ACTIONS and Path(words[0]).is_dir()):
         arguments = ["images", *arguments]
     return run_action("prepare", arguments, _ACTIONS, HELP)
 
