@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -143,6 +144,13 @@ def test_a_full_disk_gets_one_line(photos, tmp_path, monkeypatch, capsys):
     assert not [name for name in files_in(tmp_path / "out") if name.endswith(".tmp")]
     monkeypatch.undo()
     assert main(arguments) == 0
+
+
+def test_without_litdata_it_says_what_to_install(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "litdata", None)
+    assert main(["prepare", str(photos), str(tmp_path / "out"), "--image-size", "8"]) == 2
+    assert "run `pip install 'lightning-diffusion[streaming]'`" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_broken_files_are_named_or_left_out(photos, tmp_path):
