@@ -63,7 +63,7 @@ class Planted:
 
 def anonymous(forward: Callable[..., Any], **parts: nn.Module) -> nn.Module:
     """A module of a class of its own, whose forward is forward(self, *inputs)."""
-    made = type("", (nn.Module,), {"forward": forward})()
+    made = type("_", (nn.Module,), {"forward": forward})()
     for name, part in parts.items():
         made.add_module(name, part)
     return made
@@ -76,7 +76,7 @@ def between(part: nn.Module) -> Callable[[], nn.Module]:
 
 def hosted(training_step: Callable[..., Any], **methods: Any) -> Callable[[nn.Module], L.LightningModule]:
     """A LightningModule with another training step."""
-    return lambda net: type("", (Host,), {"training_step": training_step, **methods})(net)
+    return lambda net: type("_", (Host,), {"training_step": training_step, **methods})(net)
 
 
 def tokens(x):
