@@ -28,7 +28,7 @@ class PrecisionAudit(Callback):
     When:   once for every new network or precision; `lightning-diffusion doctor --only precision` does it beforehand.
     Costs:  its first steps take many times as long, and wait for the device at every operator; nothing afterwards.
     Knobs:  steps.
-    With:   any LightningModule and precision; torch.compile rests meanwhile. On process 0 only.
+    With:   any LightningModule and precision; torch.compile rests meanwhile. Process 0 tells what it saw.
     Logs:   a warning for each finding; `report`; precision_audit.json and .png in the run folder.
 
     Args:
@@ -49,8 +49,7 @@ class PrecisionAudit(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report, self._until = None, trainer.global_step + self.steps
-        watches = trainer.is_global_zero
-        self._audit = Audit(pl_module, str(trainer.precision_plugin.precision)) if watches else None
+        self._audit = Audit(pl_module, str(trainer.precision_plugin.precision))  # sharded, all have to look
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -91,6 +90,8 @@ class PrecisionAudit(Callback):
             with audit.recorder, trainer.precision_plugin.forward_context():
                 _sample(module)
         self._audit, self.report = None, audit.report(trainer.global_step - self._until + self.steps)
+        if not trainer.is_global_zero:
+            return
         for finding in self.report.findings:
             remedy = f" Write: {finding.remedy}" if finding.remedy else ""
             rank_zero_warn(f"{finding.title} Found in {finding.evidence}.{remedy}")

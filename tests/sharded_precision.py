@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import lightning_diffusion as ld
+from lightning_diffusion.callbacks import PrecisionAudit
 from lightning_diffusion.datamodules import DigitsDataModule
 
 F32, BF16 = {torch.float32}, {torch.bfloat16}
@@ -84,6 +85,10 @@ def main() -> None:
         error = (gradient - expected[name]).norm() / expected[name].norm()
         assert error < 0.05, (name, float(error))
     assert any(not torch.equal(model.gradients[name], expected[name]) for name in expected)
+    audit = PrecisionAudit(1, write=False)
+    trained(Sharded, plugins=[ld.DiffusionFSDPPrecision()], callbacks=[audit])
+    assert audit.report is not None
+    assert audit.report.findings == (), audit.report.findings
 
 
 if __name__ == "__main__":

@@ -67,9 +67,8 @@ def linear_attainable(objective: DiffusionObjective, variances: Tensor) -> Attai
     """Of the best linear denoiser of data with these variances (D,), all finite and one of them above 0."""
     variances = variances.double().cpu()
     mean = variances.mean()
-    share = (
-        variances / mean * (1 + _GRID.exp()[:, None]) / (1 + _GRID.exp()[:, None] * variances / mean)
-    ).mean(1)
+    relative = variances / mean
+    share = torch.stack([(relative * (1 + snr) / (1 + relative * snr)).mean() for snr in _GRID.exp()])
     return Attainable(objective, float(mean), share)
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_diffusion.analysis.magnitudes import FLOATS, Magnitudes
 from lightning_diffusion.analysis.module_calls import Call, ModuleCalls
-from lightning_diffusion.analysis.operator_table import CASTS, CONSTANTS, LOW, VIEWS
+from lightning_diffusion.analysis.operator_table import CASTS, COMMUNICATION, CONSTANTS, LOW, VIEWS
 from lightning_diffusion.analysis.seen import Note, low_buffers, of_loss, of_operator, of_output
 from lightning_diffusion.analysis.tensor_lineage import Lineage, Mark, Origin
 
@@ -113,7 +113,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, phase: Phase, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         operator = operator_name(func)
-        if operator in VIEWS:
+        if operator in VIEWS or operator.partition("::")[0] in COMMUNICATION:
             return
         inputs, outputs = _floats((args, kwargs)), _floats(output)
         if not outputs:

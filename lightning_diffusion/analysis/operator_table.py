@@ -155,9 +155,10 @@ CONSTANTS = _names(
 )
 """Operators that put infinity where it is asked for."""
 
-KNOWN = {
-    "aten", "prims", "prim", "profiler", "c10d", "_c10d_functional", "_c10d_functional_autograd", "fsdp", "_dtensor",
-}  # fmt: skip
+COMMUNICATION = {"c10d", "_c10d_functional", "_c10d_functional_autograd", "fsdp", "_dtensor"}
+"""Namespaces of what passes between processes, into buffers that hold anything before."""
+
+KNOWN = {"aten", "prims", "prim", "profiler", *COMMUNICATION}
 """Namespaces of torch's own operators."""
 
 
