@@ -27,7 +27,7 @@ def conditioning_chart(profile: LevelProfile) -> Figure:
         upper.set(yscale="log", ylim=(min(0.2, *both) / 1.3, max(5.0, *both) * 1.3))
         upper.set_title("Deviation of what the network is given and has to predict")
         label_right(upper, lines, gap=0.14)
-        lower.plot(profile.log_snr, profile.gradients, "o-", markersize=3, color=ink(2))
+        lower.plot(profile.measured, profile.gradients, "o-", markersize=3, color=ink(2))
         lower.set(yscale="log", xlabel="log-SNR   (noise left, clean images right)")
         lower.set_title("Gradient norm of each level's weighted loss, all parameters")
         for axes in (upper, lower):

@@ -28,19 +28,23 @@ _DRAWS = 1001
 
 
 class LevelProfile(NamedTuple):
-    """By level, rising log-SNR (L,): deviations (root mean squares) and gradient norms; levels as drawn (n,)."""
+    """By level, rising log-SNR (L,): deviations (root mean squares); levels as drawn (n,).
+
+    Gradient norms (m,) are of the levels at `measured` (m,), m <= L: of fewer where measuring them took too long.
+    """
 
     log_snr: Tensor
     inputs: Tensor
     residuals: Tensor
     outputs: Tensor
+    measured: Tensor
     gradients: Tensor
     drawn: Tensor
 
     @property
     def typical_gradient(self) -> float:
         """The median norm over draws, between levels by interpolation."""
-        norms = np.interp(self.drawn.numpy(), self.log_snr.numpy(), self.gradients.double().numpy())
+        norms = np.interp(self.drawn.numpy(), self.measured.numpy(), self.gradients.double().numpy())
         return float(np.median(norms))
 
 
@@ -54,14 +58,13 @@ def level_profile(module: Any, data: DrawnData, seed: int = 0) -> LevelProfile:
     started = time.perf_counter()
     for number, one in enumerate(log_snr):
         moments.append(_moments(module, data.first(_SAMPLES), one, RandomKey(seed, batch=number)))
-        late = time.perf_counter() - started > _SECONDS
-        gradients.append(math.nan if late else gradient_norm(module, few, one, RandomKey(seed, batch=number)))
-    norms = torch.tensor(gradients)
-    known = norms.where(~norms.isnan(), norms[0])
+        if not gradients or time.perf_counter() - started < _SECONDS:
+            gradients.append((one, gradient_norm(module, few, one, RandomKey(seed, batch=number))))
+    measured, norms = torch.tensor(gradients, dtype=torch.float64).unbind(1)
     u = (torch.arange(_DRAWS, dtype=torch.float64) + 0.5) / _DRAWS
     drawn = objective.density.quantile(u, objective.schedule).clamp(-20, 20)
     inputs, residuals, outputs = torch.tensor(moments).unbind(1)
-    return LevelProfile(log_snr, inputs, residuals, outputs, known, drawn)
+    return LevelProfile(log_snr, inputs, residuals, outputs, measured, norms, drawn)
 
 
 @torch.no_grad()

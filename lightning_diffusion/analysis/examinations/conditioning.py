@@ -57,7 +57,8 @@ def _gradients(profile: LevelProfile) -> Iterator[Finding]:
     norms = profile.gradients
     if not bool(norms.isfinite().all()):
         title = "Gradients of some level are not finite."
-        yield Finding("gradient-levels", Severity.ERROR, title, f"norms {norms.tolist()}")
+        levels = ", ".join(f"{one:.3g}" for one in profile.measured[~norms.isfinite()].tolist())
+        yield Finding("gradient-levels", Severity.ERROR, title, f"at log-SNR {levels}")
     elif float(norms.max()) > _GRADIENTS * profile.typical_gradient:
         title = "A level's gradient is so much larger than others' that it decides every step."
         evidence = (
@@ -90,7 +91,7 @@ def _table(profile: LevelProfile, grown: Any) -> Table:
     rows = [
         ("input, deviation by level", _range(profile.inputs)),
         ("regression target, deviation by level", _range(profile.residuals)),
-        ("gradient norm by level", _range(profile.gradients)),
+        ("gradient norm by level", _range(profile.gradients) + _skipped(profile)),
         ("output at the start", start),
     ]
     if grown is not None:
@@ -98,6 +99,11 @@ def _table(profile: LevelProfile, grown: Any) -> Table:
             ("largest attention logit", f"{grown[0]:.3g} at the start, {grown[1]:.3g} after {grown[2]} steps")
         )
     return Table("Over the drawn levels", ("", ""), tuple(rows))
+
+
+def _skipped(profile: LevelProfile) -> str:
+    known, every = len(profile.measured), len(profile.log_snr)
+    return f" ({known} of {every} levels; the others took too long)" if known < every else ""
 
 
 def _range(values: Any) -> str:
