@@ -1,9 +1,11 @@
 """The doctor where something fails or is slow: levels whose gradients are NaN, kinds of steps that do not run."""
 
+import pytest
 import torch
 from small_module import module, network
 from torch import nn
 
+import lightning_diffusion as ld
 from lightning_diffusion.analysis import level_profile as profiles
 from lightning_diffusion.analysis.doctor import examine
 from lightning_diffusion.analysis.findings import Severity
@@ -46,3 +48,48 @@ def test_levels_skipped_for_their_time_are_not_shown_as_measured(monkeypatch):
     assert (len(profile.measured), len(profile.gradients), len(profile.log_snr)) == (1, 1, 15)
     rows = dict(examine(one, ["conditioning"]).sections[-1].tables[0].rows)
     assert "1 of 15 levels" in rows["gradient norm by level"]
+
+
+class NotInLowPrecision(Around):
+    """Has an operator that the low precision lacks."""
+
+    def forward(self, x, c_noise, **condition):
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("'some_operator' not implemented for 'BFloat16'")
+        return self.inner(x, c_noise, **condition)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_kind_of_steps_that_fails_did_not_run_and_the_others_are_timed(precision):
+    report = examine(patient(NotInLowPrecision(), precision=precision), ["averages", "time"])
+    parts, kinds = report.sections[-1].tables
+    ran = {name.removesuffix(" (as configured)"): "did not run" not in time for name, time in kinds.rows}
+    assert ran == {"fp32": True, "bf16": False, "fp32, channels-last": True, "bf16, channels-last": False}
+    assert "network, forward and backward" in dict(row[:2] for row in parts.rows)
+    assert report.sections[0].findings
+
+
+class NotAlone(Around):
+    """Runs within the objective's loss only, so that its steps are timed."""
+
+    within = False
+
+    def forward(self, x, c_noise, **condition):
+        if not self.within:
+            raise NotImplementedError("no kernel")
+        return self.inner(x, c_noise, **condition)
+
+
+def test_without_the_network_alone_there_is_no_share_of_it(monkeypatch):
+    def loss(objective, net, *arguments):
+        net.within = True
+        try:
+            return whole(objective, net, *arguments)
+        finally:
+            net.within = False
+
+    whole = ld.DiffusionObjective.loss
+    monkeypatch.setattr(ld.DiffusionObjective, "loss", loss)
+    section = examine(patient(NotAlone()), ["time"]).sections[-1]
+    assert [row[0] for row in section.tables[0].rows] == ["loading", "network, loss, optimizer", "together"]
+    assert "outside" not in [found.check for found in section.findings]

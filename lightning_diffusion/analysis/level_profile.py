@@ -54,12 +54,13 @@ def level_profile(module: Any, data: DrawnData, seed: int = 0) -> LevelProfile:
     u = torch.tensor([0.999, 0.001], dtype=torch.float64)
     low, high = objective.density.quantile(u, objective.schedule).clamp(-20, 20).tolist()
     log_snr = torch.linspace(low, high, _LEVELS, dtype=torch.float64)
-    moments, gradients = [], []
+    moments: list[tuple[float, float, float]] = []
+    gradients: list[tuple[float, float]] = []
     started = time.perf_counter()
     for number, one in enumerate(log_snr):
         moments.append(_moments(module, data.first(_SAMPLES), one, RandomKey(seed, batch=number)))
         if not gradients or time.perf_counter() - started < _SECONDS:
-            gradients.append((one, gradient_norm(module, few, one, RandomKey(seed, batch=number))))
+            gradients.append((float(one), gradient_norm(module, few, one, RandomKey(seed, batch=number))))
     measured, norms = torch.tensor(gradients, dtype=torch.float64).unbind(1)
     u = (torch.arange(_DRAWS, dtype=torch.float64) + 0.5) / _DRAWS
     drawn = objective.density.quantile(u, objective.schedule).clamp(-20, 20)

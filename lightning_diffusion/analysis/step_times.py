@@ -1,8 +1,9 @@
-"""Times of training steps, a few of each kind, each kind given up when it turns out to be too slow."""
+"""Times of training steps, a few of each kind; a kind that is too slow is given up, one that fails did not run."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -36,7 +37,7 @@ class StepTimes(NamedTuple):
     """Seconds: of a micro-batch's whole step, of the network's forward and backward in it, of loading it."""
 
     step: float
-    network: float
+    network: float | None
     loading: float
 
 
@@ -71,10 +72,29 @@ def loading_time(patient: Patient) -> float:
 
 
 def step_time(patient: Patient, kind: Kind) -> float | None:
-    """Seconds of loss, gradient and optimizer step of a full micro-batch; None for a kind that is too slow.
+    """Seconds of loss, gradient and optimizer step of a full micro-batch; None for a kind too slow or that fails."""
+    return _attempted(partial(_step_time, patient, kind))
 
-    Batches of one, then of a quarter, lead up to it, so that hopeless kinds cost little.
-    """
+
+def network_time(patient: Patient, kind: Kind) -> float | None:
+    """Seconds of the network's forward and backward alone, on a full micro-batch; None where it fails."""
+    return _attempted(partial(_network_time, patient, kind))
+
+
+def _attempted(measure: Callable[[], float | None]) -> float | None:
+    """None after a RuntimeError: out of memory, no compiler, an operator without this number format."""
+    try:
+        return measure()
+    except RuntimeError:
+        pass
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _step_time(patient: Patient, kind: Kind) -> float | None:
+    """Batches of one, then of a quarter, lead up to it, so that hopeless kinds cost little."""
     step = _prepared(patient, kind)
     size = min(patient.batch_size, len(patient.drawn.x0))
     for lead in sorted({1, max(1, size // 4)} - {size}):
@@ -85,8 +105,7 @@ def step_time(patient: Patient, kind: Kind) -> float | None:
     return _least(partial(step, size))
 
 
-def network_time(patient: Patient, kind: Kind) -> float:
-    """Seconds of the network's forward and backward alone, on a full micro-batch."""
+def _network_time(patient: Patient, kind: Kind) -> float:
     device, module = device_here(), _made(patient, kind)
     data = _on(patient.drawn.first(patient.batch_size), device)
     level, noise = module.objective.draw(data.x0, RandomKey(patient.seed))

@@ -33,15 +33,17 @@ class TimeExamination(Examination):
             return Section(self.name)
         measured = {kind: step_time(patient, kind) for kind in kinds(device_here())}
         own = kind_of(patient)
-        seconds = measured[own] or measured[Kind("fp32")]
+        ran = Kind("fp32") if measured[own] is None else own
+        seconds = measured[ran]
         if seconds is None:
             return Section(self.name, (_SLOW,), (_compared(measured, own),))
-        times = StepTimes(seconds, min(network_time(patient, own), seconds), loading_time(patient))
+        network = network_time(patient, ran)
+        times = StepTimes(seconds, network and min(network, seconds), loading_time(patient))
         found = [
             *_hours(patient, times),
             *_loading(times),
             *_outside(times),
-            *_faster(measured, own, seconds),
+            *_faster(measured, ran, own, seconds),
         ]
         return Section(self.name, tuple(found), (_parts(patient, times), _compared(measured, own)))
 
@@ -49,7 +51,7 @@ class TimeExamination(Examination):
 _SLOW = Finding(
     "slow",
     Severity.NOTE,
-    "A step takes longer than the doctor waits for: nothing was timed.",
+    "Steps take longer than the doctor waits for, or fail: nothing was timed.",
     f"on this machine's {device_here()}",
 )
 
@@ -79,6 +81,8 @@ def _loading(times: StepTimes) -> Iterator[Finding]:
 
 
 def _outside(times: StepTimes) -> Iterator[Finding]:
+    if times.network is None:
+        return
     share = 1 - times.network / (times.step + times.loading)
     if share > _OUTSIDE:
         title = "Much of a step is not the network: loss, optimizer, loading."
@@ -86,11 +90,12 @@ def _outside(times: StepTimes) -> Iterator[Finding]:
         yield Finding("outside", Severity.NOTE, title, evidence, "data.init_args.batch_size: larger")
 
 
-def _faster(measured: Mapping[Kind, float | None], own: Kind, seconds: float) -> Iterator[Finding]:
+def _faster(measured: Mapping[Kind, float | None], ran: Kind, own: Kind, seconds: float) -> Iterator[Finding]:
     known = {kind: time for kind, time in measured.items() if time is not None}
     best = min(known, key=lambda kind: known[kind])
     if seconds > _FASTER * known[best]:
-        evidence = f"{best.name} takes {_ms(known[best])}, {own.name} as configured {_ms(seconds)}"
+        configured = " as configured" if ran == own else ""
+        evidence = f"{best.name} takes {_ms(known[best])}, {ran.name}{configured} {_ms(seconds)}"
         remedy = _LOW if best.precision == "bf16-mixed" != own.precision else ""
         if own.precision == "bf16-mixed" != best.precision:
             remedy = "trainer.precision: 32-true"
@@ -103,18 +108,23 @@ def _parts(patient: Patient, times: StepTimes) -> Table:
     whole, per_second = times.step + times.loading, patient.batch_size / (times.step + times.loading)
     rows = (
         ("loading", _ms(times.loading), f"{times.loading / whole:.0%}"),
-        ("network, forward and backward", _ms(times.network), f"{times.network / whole:.0%}"),
-        ("loss, optimizer", _ms(times.step - times.network), f"{(times.step - times.network) / whole:.0%}"),
+        *((what, _ms(seconds), f"{seconds / whole:.0%}") for what, seconds in _within(times)),
         ("together", _ms(whole), f"{per_second:.0f} images/s"),
     )
     return Table(f"A micro-batch of {patient.batch_size} on {device_here()}", ("", "time", "share"), rows)
+
+
+def _within(times: StepTimes) -> tuple[tuple[str, float], ...]:
+    if times.network is None:
+        return (("network, loss, optimizer", times.step),)
+    return ("network, forward and backward", times.network), ("loss, optimizer", times.step - times.network)
 
 
 def _compared(measured: Mapping[Kind, float | None], own: Kind) -> Table:
     rows = tuple(
         (
             f"{kind.name}{' (as configured)' if kind == own else ''}",
-            "given up" if time is None else _ms(time),
+            "did not run, or too slow" if time is None else _ms(time),
         )
         for kind, time in measured.items()
     )
