@@ -34,11 +34,20 @@ class Kind(NamedTuple):
 
 
 class StepTimes(NamedTuple):
-    """Seconds: of a micro-batch's whole step, of the network's forward and backward in it, of loading it."""
+    """Seconds: of a micro-batch's whole step, of the network's forward and backward in it, of loading it.
+
+    Workers load while the step is computed; without them one follows the other.
+    """
 
     step: float
     network: float | None
     loading: float
+    workers: int = 0
+
+    @property
+    def whole(self) -> float:
+        """From one micro-batch to the next."""
+        return max(self.step, self.loading) if self.workers else self.step + self.loading
 
 
 def kinds(device: str) -> tuple[Kind, ...]:
@@ -60,15 +69,26 @@ def device_here() -> str:
 
 
 def loading_time(patient: Patient) -> float:
-    """Seconds per batch, the first of an iterator left out."""
-    batches = iter(patient.loader)
-    next(batches, None)
-    started, number = time.perf_counter(), 0
-    for _ in islice(batches, _BATCHES):
-        number += 1
-        if time.perf_counter() - started > _SECONDS:
+    """Seconds per batch, without those that workers load ahead; of all batches where there are no others."""
+    prefetched = workers(patient) * (getattr(patient.loader, "prefetch_factor", None) or 0)
+    ahead = max(1, prefetched)
+    arrived = [0.0, *_arrivals(patient.loader, ahead + _BATCHES)]
+    first = ahead if len(arrived) > ahead + 1 else 0
+    return (arrived[-1] - arrived[first]) / max(len(arrived) - 1 - first, 1)
+
+
+def workers(patient: Patient) -> int:
+    """Processes that load batches; 0 where the loader says nothing of any."""
+    return int(getattr(patient.loader, "num_workers", 0))
+
+
+def _arrivals(loader: Any, most: int) -> Iterator[float]:
+    started = time.perf_counter()
+    for _ in islice(loader, most):
+        seconds = time.perf_counter() - started
+        yield seconds
+        if seconds > _PATIENCE:
             break
-    return (time.perf_counter() - started) / max(number, 1)
 
 
 def step_time(patient: Patient, kind: Kind) -> float | None:

@@ -15,11 +15,12 @@ from lightning_diffusion.analysis.step_times import (
     loading_time,
     network_time,
     step_time,
+    workers,
 )
 
 _FASTER = 1.2
-_WAITING, _OUTSIDE = 0.5, 0.3  # loading over the step; share of the step outside the network
-_DATA = "data.init_args.num_workers: 4"
+_WAITING, _OUTSIDE = 0.5, 0.3  # waiting for data over the step; share of the step outside the network
+_DATA = "data.init_args.num_workers: {}"
 _LOW = "trainer.plugins: [{class_path: DiffusionPrecision, init_args: {precision: bf16-mixed}}]"
 
 
@@ -38,7 +39,7 @@ class TimeExamination(Examination):
         if seconds is None:
             return Section(self.name, (_SLOW,), (_compared(measured, own),))
         network = network_time(patient, ran)
-        times = StepTimes(seconds, network and min(network, seconds), loading_time(patient))
+        times = StepTimes(seconds, network and min(network, seconds), loading_time(patient), workers(patient))
         found = [
             *_hours(patient, times),
             *_loading(times),
@@ -69,24 +70,25 @@ def _hours(patient: Patient, times: StepTimes) -> Iterator[Finding]:
 
 
 def _whole(patient: Patient, times: StepTimes) -> float:
-    return (times.step + times.loading) * patient.trainer.accumulate
+    return times.whole * patient.trainer.accumulate
 
 
 def _loading(times: StepTimes) -> Iterator[Finding]:
-    if times.loading > _WAITING * times.step:
+    waiting = times.whole - times.step
+    if waiting > _WAITING * times.step:
         title = "The network waits for data."
         evidence = f"a batch takes {_ms(times.loading)} to load, a step {_ms(times.step)}"
-        severity = Severity.WARNING if times.loading > times.step else Severity.NOTE
-        yield Finding("loading", severity, title, evidence, _DATA)
+        severity = Severity.WARNING if waiting > times.step else Severity.NOTE
+        yield Finding("loading", severity, title, evidence, _DATA.format(2 * times.workers or 4))
 
 
 def _outside(times: StepTimes) -> Iterator[Finding]:
     if times.network is None:
         return
-    share = 1 - times.network / (times.step + times.loading)
+    share = 1 - times.network / times.whole
     if share > _OUTSIDE:
         title = "Much of a step is not the network: loss, optimizer, loading."
-        evidence = f"{share:.0%} of {_ms(times.step + times.loading)}"
+        evidence = f"{share:.0%} of {_ms(times.whole)}"
         yield Finding("outside", Severity.NOTE, title, evidence, "data.init_args.batch_size: larger")
 
 
@@ -105,9 +107,13 @@ def _faster(measured: Mapping[Kind, float | None], ran: Kind, own: Kind, seconds
 
 
 def _parts(patient: Patient, times: StepTimes) -> Table:
-    whole, per_second = times.step + times.loading, patient.batch_size / (times.step + times.loading)
+    whole, per_second = times.whole, patient.batch_size / times.whole
     rows = (
-        ("loading", _ms(times.loading), f"{times.loading / whole:.0%}"),
+        (
+            "loading, meanwhile" if times.workers else "loading",
+            _ms(times.loading),
+            f"{times.loading / whole:.0%}",
+        ),
         *((what, _ms(seconds), f"{seconds / whole:.0%}") for what, seconds in _within(times)),
         ("together", _ms(whole), f"{per_second:.0f} images/s"),
     )
