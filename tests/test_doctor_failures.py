@@ -93,3 +93,13 @@ def test_without_the_network_alone_there_is_no_share_of_it(monkeypatch):
     section = examine(patient(NotAlone()), ["time"]).sections[-1]
     assert [row[0] for row in section.tables[0].rows] == ["loading", "network, loss, optimizer", "together"]
     assert "outside" not in [found.check for found in section.findings]
+
+
+@pytest.mark.parametrize(
+    ("shape", "number"),
+    [((64, 1, 8, 8), 32), ((16, 1, 1024, 1024), 8), ((3, 1, 4096, 4096), 2), ((4, 3, 4096, 4096), 1)],
+)
+def test_samples_of_one_pass_fit_in_memory(shape, number):
+    batch = torch.zeros(1).expand(shape)  # takes no memory
+    one = Patient(module(), [batch] * 100, TrainerSettings({"max_steps": 9}), steps=50)
+    assert len(one.one_pass) == number

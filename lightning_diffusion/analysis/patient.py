@@ -22,6 +22,7 @@ from lightning_diffusion.sampling import Sampler
 
 _SEED = "PL_GLOBAL_SEED"
 _SAMPLES = 2048
+_ELEMENTS = 2**27  # of all samples: half a gigabyte in float32
 
 
 class Patient:
@@ -114,8 +115,10 @@ class Patient:
 
     @cached_property
     def one_pass(self) -> list[Any]:
-        """Batches of at most 2,048 samples, none of which is drawn twice by going through the data again."""
-        most = min(self.steps, math.ceil(_SAMPLES / self.batch_size))
+        """Batches of at most 2,048 samples and 2^27 numbers, or the first; no sample is drawn in a second pass."""
+        images = unpack(self.batches(1)[0])[0]
+        samples = min(_SAMPLES, _ELEMENTS // images[0].numel())
+        most = min(self.steps, samples // self.batch_size)
         return self.batches(max(1, int(min(most, _length(self.loader)))))
 
     @cached_property
