@@ -127,7 +127,9 @@ def main() -> None:
         count = sum(p.numel() for p in parameters) / 1e6
         found = [measure(parameters, share, options.rounds) for share in SHARES]
         baseline = ", ".join(spread(times["torch clip_grad_norm_"], 1) for times in found)
-        print(f"\n{count:.1f} M parameters, {torch.get_num_threads()} threads; clip_grad_norm_ takes {baseline} ms\n")
+        print(
+            f"\n{count:.1f} M parameters, {torch.get_num_threads()} threads; clip_grad_norm_ takes {baseline} ms\n"
+        )
         print("| times clip_grad_norm_ |", " | ".join(f"{share:.0%} over" for share in SHARES), "|")
         print("|---|---|---|---|")
         for name in found[0]:

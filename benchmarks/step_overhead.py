@@ -236,7 +236,9 @@ def quiet_trainer(baton: Baton, *callbacks: Callback) -> Trainer:
     )
 
 
-def compare(network: Callable[[], nn.Module], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+def compare(
+    network: Callable[[], nn.Module], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Milliseconds per step of each arm in each round, after one round of warming up."""
     torch.manual_seed(0)
     data = DigitsDataModule(BATCH).training_data()

@@ -20,7 +20,9 @@ def benchmark():
 
 cases = benchmark()
 NEED_STEPS = {"float16 without scaling"}
-WHOLE = [case for case in cases.CASES if case.name in {*NEED_STEPS, "wrong sigma_data"}]  # the script has them all
+WHOLE = [
+    case for case in cases.CASES if case.name in {*NEED_STEPS, "wrong sigma_data"}
+]  # the script has them all
 FAST = [pytest.param(case, id=case.name) for case in cases.CASES if case.name not in NEED_STEPS]
 
 

@@ -189,7 +189,8 @@ def _measured(module: DiffusionModule, compared: Comparison, draws: Draws) -> Ro
         "steps": sampler.num_steps,
         "guidance": getattr(draws.guidance, "scale", 1.0),
         "evaluations": len(calls) // num_chunks(draws.num_samples),
-        **{**dict.fromkeys(FIGURES, math.nan), **figures(compared.real, drawn)},
+        **dict.fromkeys(FIGURES, math.nan),
+        **figures(compared.real, drawn),
         "seconds": round(seconds, 2),
     }
 

@@ -36,7 +36,8 @@ class ConditioningExamination(Examination):
 
 def _deviations(profile: LevelProfile, patient: Patient) -> Iterator[Finding]:
     objective = patient.objective
-    standardized = f"model.representation: {{class_path: Standardize, init_args: {{sigma_data: {objective.sigma_data:g}}}}}"
+    given = f"{{sigma_data: {objective.sigma_data:g}}}"
+    standardized = f"model.representation: {{class_path: Standardize, init_args: {given}}}"
     unit_variance = objective.preconditioning.output_space is Space.RESIDUAL
     remedy = standardized if unit_variance else "model.objective: EDM  # unit variance in and out"
     for check, what, values in (
