@@ -90,10 +90,11 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--limit", type=float, default=20.0)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     options = parser.parse_args()
     print("| network | precision | ms per step | times as fast as float32 |\n|---|---|---|---|")
-    for network, make in NETWORKS.items():
-        times = measure(make, options.rounds, options.limit)
+    for network in options.networks:
+        times = measure(NETWORKS[network], options.rounds, options.limit)
         for name, t in times.items():
             fast = spread(times["float32"] / t, 2) if len(t) > 1 else f"below {1 / options.limit}"
             print(f"| {network} | {name} | {spread(t, 0)} | {fast} |", flush=True)
