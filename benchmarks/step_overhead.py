@@ -208,10 +208,6 @@ def run_hand(hand: Hand, baton: Baton) -> None:
                 break
 
 
-def run_lightning(hand: Hand, baton: Baton) -> None:
-    quiet_trainer(baton).fit(Quiet(hand))
-
-
 def run_ours(network: nn.Module, baton: Baton) -> None:
     module = DiffusionModule(
         network,
@@ -246,7 +242,7 @@ def compare(
     hands = [Hand(network, data.images, data.labels) for network in networks[:2]]  # type: ignore[arg-type]
     arms = {
         "hand": partial(run_hand, hands[0]),
-        "lightning": partial(run_lightning, hands[1]),
+        "lightning": lambda baton: quiet_trainer(baton).fit(Quiet(hands[1])),
         "ours": partial(run_ours, networks[2]),
     }
     steps = len(data) // BATCH

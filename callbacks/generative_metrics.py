@@ -95,6 +95,7 @@ class GenerativeMetrics(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Averages are there by now, and what representations measure is measured."""
         self._measured_at, self._warned = trainer.global_step, False
+        self._check_context(pl_module)
         self._check_weights(trainer, pl_module)
         with _random_numbers_kept(pl_module):
             shown = _shows_bars(trainer)
@@ -118,6 +119,15 @@ class GenerativeMetrics(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._ready = self._real = self._labels = None
 
+    def _check_context(self, pl_module: LightningModule) -> None:
+        width = getattr(getattr(pl_module, "network", None), "context_dim", 0)
+        if width:
+            raise ValueError(
+                f"GenerativeMetrics draws without context, but the network has context_dim={width}: samples of no "
+                "context would be compared with data that have one. Leave GenerativeMetrics out, or measure your "
+                "own samples with lightning_diffusion.metrics."
+            )
+
     def _check_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
         wanted = [draws.weights or default_weights(pl_module) for draws in self.draws]
         for one in wanted:
@@ -132,11 +142,18 @@ class GenerativeMetrics(Callback):
 
     def _load(self, trainer: Trainer, pl_module: LightningModule, real: RealImages) -> None:
         """The first process reads the real images, and fills the cache for the others."""
+        failed: str | None = None
         if trainer.is_global_zero:
-            self._ready = get_ready(self.extractor, real, pl_module.device)
-            self._real = real_features(self._ready, real)
-            self._warn_of_few(trainer)
-        trainer.strategy.barrier("GenerativeMetrics")
+            try:
+                self._ready = get_ready(self.extractor, real, pl_module.device)
+                self._real = real_features(self._ready, real)
+                self._warn_of_few(trainer)
+            except (OSError, ValueError) as error:
+                if trainer.world_size == 1:
+                    raise
+                failed = str(error)
+        if failed := trainer.strategy.broadcast(failed):  # or the others would wait for the first
+            raise ValueError(failed)
         if not trainer.is_global_zero:
             self._ready = get_ready(self.extractor, real, pl_module.device)
         labels = real.content.labels if trainer.is_global_zero else None

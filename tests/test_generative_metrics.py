@@ -200,3 +200,22 @@ def test_weights_that_are_not_there_end_the_fit_before_its_first_step():
 def test_a_module_that_cannot_sample_is_refused():
     with pytest.raises(TypeError, match="Plain has no method `sample`"):
         metrics().setup(None, type("Plain", (nn.Module,), {})(), "fit")
+
+
+def test_a_network_with_context_is_refused_rather_than_drawn_without():
+    net = ld.UNet((1, 8, 8), 8, (1,), 1, attention_levels=(0,), context_dim=4)
+    with pytest.raises(ValueError, match="draws without context, but the network has context_dim=4"):
+        fit(module(network=net, label_dropout=1.0), callbacks=[metrics()])
+
+
+@pytest.mark.slow
+def test_an_error_of_the_first_process_ends_all(monkeypatch, tmp_path):
+    def broken(*_):
+        (tmp_path / "asked").touch(exist_ok=False)  # by the first process alone
+        raise ValueError("no weights to be had")
+
+    monkeypatch.setattr("lightning_diffusion.callbacks.generative_metrics.get_ready", broken)
+    with pytest.raises(Exception, match="no weights to be had"):
+        fit(
+            small(), None, 1, callbacks=[metrics()], strategy="ddp_fork", devices=2, limit_val_batches=0,
+        )  # fmt: skip
