@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ from lightning_diffusion.batches import CONTEXT, LABEL, declared_conditions
 from lightning_diffusion.diffusers_models import DiffusersUNet, dit_to_diffusers, unet_to_diffusers
 from lightning_diffusion.diffusers_schedulers import scheduler_for
 from lightning_diffusion.exported import KEY, default_weights, network_with
-from lightning_diffusion.io import publish, temporary_beside
+from lightning_diffusion.io import filled_folder, publish, temporary_beside
 from lightning_diffusion.module import DiffusionModule
 from lightning_diffusion.networks import DiT
 from lightning_diffusion.noise_level import NoiseLevel
@@ -51,7 +47,7 @@ def export_diffusers(
     start = module.objective.schedule.sampling_levels(2).sigma[0].item()
     said = {**_said(module, weights, sampler), "noise_scale": start}
     said["representation"] = _described(module.representation)
-    with _filled(Path(folder)) as unfinished:
+    with filled_folder(Path(folder)) as unfinished:
         model.save_pretrained(unfinished / name)
         scheduler.save_pretrained(unfinished / "scheduler")
         (unfinished / f"{KEY}.json").write_text(json.dumps(said, indent=1))
@@ -180,18 +176,3 @@ def _said(module: DiffusionModule, weights: str | None, sampler: Sampler) -> dic
 def _described(representation: Representation) -> dict[str, Any]:
     numbers = {name: x.tolist() for name, x in representation.state_dict().items() if x.numel() <= 64}
     return {**(spec(representation) or {"class_path": type(representation).__name__}), "numbers": numbers}
-
-
-@contextmanager
-def _filled(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` whose entries move there once all are written."""
-    unfinished = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        folder.mkdir(exist_ok=True)
-        for entry in unfinished.iterdir():
-            shutil.rmtree(folder / entry.name, ignore_errors=True)
-            os.replace(entry, folder / entry.name)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

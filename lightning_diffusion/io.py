@@ -13,6 +13,7 @@ import os
 import pickle
 import platform
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -35,6 +36,21 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         with open(temporary, "wb") as file:
             write(file)
         publish(temporary, path)
+
+
+@contextlib.contextmanager
+def filled_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` whose entries move there, in place of those of their names, once all are written."""
+    unfinished = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        folder.mkdir(exist_ok=True)
+        for entry in unfinished.iterdir():
+            shutil.rmtree(folder / entry.name, ignore_errors=True)
+            os.replace(entry, folder / entry.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from lightning_diffusion.commands.guiding import add_guidance, refuse_lonely
-from lightning_diffusion.commands.parser import Parser
+from lightning_diffusion.commands.parser import Parser, refuse_missing
 
 _EXAMPLES = """\
 data: those of the run that the checkpoint is in, unless
@@ -72,10 +71,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _refuse_impossible(own: Any) -> None:
-    if not Path(own.checkpoint).exists():
-        raise FileNotFoundError(
-            f"--checkpoint {own.checkpoint} does not exist: give a run folder or a checkpoint"
-        )
+    refuse_missing("--checkpoint", own.checkpoint)
     refuse_lonely(own)
     if own.num < 10:
         raise ValueError(f"--num is {own.num}, expected 10 or more, better some thousands")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_diffusion.commands.parser import Parser
+from lightning_diffusion.commands.parser import Parser, refuse_missing
 
 if TYPE_CHECKING:
     from lightning_diffusion.module import DiffusionModule
@@ -60,10 +60,7 @@ def _refuse_impossible(given: Any) -> None:
     ending = _ENDINGS[given.to]
     if ending and Path(given.out).suffix != ending:
         raise ValueError(f"--out {given.out}: expected a name that ends in {ending} for --to {given.to}")
-    if not Path(given.checkpoint).exists():
-        raise FileNotFoundError(
-            f"--checkpoint {given.checkpoint} does not exist: give a run folder or a checkpoint"
-        )
+    refuse_missing("--checkpoint", given.checkpoint)
     refuse_existing(Path(given.out), given.overwrite)
 
 

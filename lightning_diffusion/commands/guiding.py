@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_diffusion.commands.parser import Parser
+from lightning_diffusion.commands.parser import Parser, refuse_missing
 
 if TYPE_CHECKING:
     from lightning_diffusion.guidance import Guidance
@@ -43,8 +42,8 @@ def refuse_lonely(given: argparse.Namespace) -> None:
         raise ValueError(f"--{option} needs a scale beside it: give --guidance SCALE, such as 2")
     if given.guide_weights is not None and given.guide is None:
         raise ValueError("--guide-weights was given without --guide: say which model guides")
-    if given.guide is not None and not Path(given.guide).exists():
-        raise FileNotFoundError(f"--guide {given.guide} does not exist: give a run folder or a checkpoint")
+    if given.guide is not None:
+        refuse_missing("--guide", given.guide)
 
 
 def guidance_of(given: argparse.Namespace, scale: float | None) -> Guidance | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning_diffusion.commands.errors import UnknownOptionError, suggestion
@@ -38,6 +39,12 @@ class Parser(argparse.ArgumentParser):
             if option not in self._option_string_actions:
                 raise UnknownOptionError(option, self._option_string_actions)
         return self.parse_args(arguments)
+
+
+def refuse_missing(option: str, place: str) -> None:
+    """Raise a FileNotFoundError, in one line, if a run folder or checkpoint is not there."""
+    if not Path(place).exists():
+        raise FileNotFoundError(f"{option} {place} does not exist: give a run folder or a checkpoint")
 
 
 def run_action(command: str, arguments: list[str], actions: Mapping[str, Action], help_page: str) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_diffusion.commands.errors import suggestion
 from lightning_diffusion.commands.guiding import add_guidance, guidance_of, refuse_lonely
-from lightning_diffusion.commands.parser import Parser
+from lightning_diffusion.commands.parser import Parser, refuse_missing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,10 +74,7 @@ def _labels(text: str) -> list[int]:
 
 
 def _refuse_impossible(given: argparse.Namespace) -> None:
-    if not Path(given.checkpoint).exists():
-        raise FileNotFoundError(
-            f"--checkpoint {given.checkpoint} does not exist: give a run folder or a checkpoint"
-        )
+    refuse_missing("--checkpoint", given.checkpoint)
     refuse_lonely(given)
     if given.num < 1:
         raise ValueError(f"--num is {given.num}, expected 1 or more")

@@ -7,10 +7,8 @@ FOLDER   000000-LABEL.png, ...
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,7 +71,9 @@ def _single(folder: Path, batches: Batches) -> str:
     from lightning_diffusion.plots import to_pixels
 
     number = 0
-    with _filled(folder) as unfinished:
+    from lightning_diffusion.io import filled_folder
+
+    with filled_folder(folder) as unfinished:
         for images, labels in batches:
             for pixels, label in zip(to_pixels(images), labels.tolist(), strict=True):
                 Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
@@ -88,17 +88,3 @@ def _joined(batches: Batches) -> tuple[Tensor, Tensor]:
 
     images, labels = zip(*batches, strict=True)
     return torch.cat(images).cpu(), torch.cat(labels)
-
-
-@contextlib.contextmanager
-def _filled(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` whose files move there once all are written."""
-    unfinished = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        folder.mkdir(exist_ok=True)
-        for file in unfinished.iterdir():
-            os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
