@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
+
 from guarded import EAGER, Poison, Regression, assert_same, batches, everything, spoilt, train
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed
@@ -65,13 +66,7 @@ def local(state: object) -> object:
     return state.to_local() if isinstance(state, DTensor) else state
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo")
+def main(_: Path) -> None:
     rank = distributed.get_rank()
     check(Regression, ddp, rank)
     check(Sharded, fsdp, rank)
-
-
-if __name__ == "__main__":
-    main()

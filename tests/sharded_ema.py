@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -78,7 +77,6 @@ def fit(module: L.LightningModule, *callbacks: L.Callback, steps: int, **options
 
 def main(folder: Path) -> None:
     """Average, evaluate, save, resume."""
-    torch.set_num_threads(1)
     module, ema, definition = Sharded(), EMA(0.9), Definition()
     trainer = fit(module, ema, definition, steps=4)
     own = ema._running.averages["ema"]
@@ -99,7 +97,3 @@ def main(folder: Path) -> None:
     fit(resumed, b, steps=8, ckpt_path=folder / "power.ckpt")
     assert_close(b.state_dict()["averages"], a.state_dict()["averages"], rtol=0, atol=0)
     assert b.state_dict()["clocks"] == a.state_dict()["clocks"]
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -67,8 +69,7 @@ def trained(kind, **options):
     return model
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def main(_: Path) -> None:
     model = trained(Sharded, plugins=[ld.DiffusionFSDPPrecision(fp32_modules=["network.head"])])
     of = model.recorder.of
     assert of("convolution", "conv") == BF16, of("convolution", "conv")
@@ -89,7 +90,3 @@ def main() -> None:
     trained(Sharded, plugins=[ld.DiffusionFSDPPrecision()], callbacks=[audit])
     assert audit.report is not None
     assert audit.report.findings == (), audit.report.findings
-
-
-if __name__ == "__main__":
-    main()

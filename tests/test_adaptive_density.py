@@ -222,22 +222,6 @@ def test_a_resumed_training_ends_bit_identical(tmp_path):
     assert torch.equal(loaded.objective.density.multiplier, straight["objective.density.multiplier"])
 
 
-def _of_rank(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    density = learned(ld.AdaptiveDensity(bins=8), EDM, steps=12, world_size=2, rank=rank)
-    torch.save(density.state_dict(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_processes_agree_and_learn_what_one_alone_would(tmp_path):
-    torch.multiprocessing.start_processes(_of_rank, (tmp_path,), nprocs=2, start_method="fork")
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    alone = learned(ld.AdaptiveDensity(bins=8), EDM, steps=12).state_dict()
-    assert_close(first, alone, rtol=1e-5, atol=1e-5)
-
-
 def test_a_step_does_not_wait_for_the_device():
     objective, network, without = ld.EDM(density=ld.AdaptiveDensity()), Scaled(), ld.EDM()
     x0 = torch.randn(16, 2)

@@ -119,22 +119,6 @@ def test_averages_that_would_be_mistaken_for_the_weights_are_refused():
         fit(small(), callbacks=[metrics(weights="online"), EMA(0.5)])
 
 
-@pytest.mark.slow
-def test_two_processes_measure_what_one_measures(run):
-    model = small()
-    model.load_state_dict(run[0].state_dict())
-    model.optimizer = lambda p: torch.optim.SGD(p, lr=0.0)
-    trainer = fit(
-        model, None, 1, callbacks=[metrics()], strategy="ddp_fork", devices=2, limit_val_batches=0,
-    )  # fmt: skip
-    figure = lambda name: trainer.callback_metrics.get(f"metrics/{name}_pixels_{NUMBER}")  # noqa: E731
-    found = {name: value.item() for name in FIGURES if (value := figure(name)) is not None}
-    alone = expected(run[0], "online")
-    assert found == pytest.approx({name: alone[name] for name in FIGURES[:-1]}, rel=1e-5), (
-        "nothing is held out"
-    )
-
-
 class Breaking(L.Callback):
     """A weight becomes NaN at the second step."""
 
@@ -206,16 +190,3 @@ def test_a_network_with_context_is_refused_rather_than_drawn_without():
     net = ld.UNet((1, 8, 8), 8, (1,), 1, attention_levels=(0,), context_dim=4)
     with pytest.raises(ValueError, match="draws without context, but the network has context_dim=4"):
         fit(module(network=net, label_dropout=1.0), callbacks=[metrics()])
-
-
-@pytest.mark.slow
-def test_an_error_of_the_first_process_ends_all(monkeypatch, tmp_path):
-    def broken(*_):
-        (tmp_path / "asked").touch(exist_ok=False)  # by the first process alone
-        raise ValueError("no weights to be had")
-
-    monkeypatch.setattr("lightning_diffusion.callbacks.generative_metrics.get_ready", broken)
-    with pytest.raises(Exception, match="no weights to be had"):
-        fit(
-            small(), None, 1, callbacks=[metrics()], strategy="ddp_fork", devices=2, limit_val_batches=0,
-        )  # fmt: skip

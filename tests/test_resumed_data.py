@@ -1,15 +1,11 @@
 """With our datamodules any LightningModule goes on where it was stopped, with the images that would have come."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import lightning
 import numpy as np
 import pytest
 import torch
 from pictures import save
+from processes_of_tests import run_processes
 
 from lightning_diffusion.datamodules import DigitsDataModule, ImageFolderDataModule
 
@@ -134,16 +130,15 @@ class Saving(Seeing):
         torch.save(self.seen, f"{sys.argv[1]}/{self.global_rank}.pt")
 
 torch.set_num_threads(1)
-lightning.Trainer(**QUIET, max_epochs=2, devices=2, strategy="ddp_fork").fit(Saving(), DigitsDataModule(110))
+together = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+lightning.Trainer(**QUIET, **together, max_epochs=2).fit(Saving(), DigitsDataModule(110))
 """
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_global_batch_of_one(tmp_path):
-    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path)]
-    subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)}, check=True, timeout=120
-    )
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    run_processes(tmp_path / "two.py", tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     alone, _ = fit(DigitsDataModule(220), tmp_path)
     together = [(*a[:2], torch.stack([a[2], b[2]], 1).flatten(0, 1)) for a, b in zip(*ranks, strict=True)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
+from processes_of_tests import run
 from torch.utils.data import DataLoader
 
 from lightning_diffusion.callbacks import SaveOnSignal
@@ -193,5 +194,5 @@ def test_all_processes_stop_at_the_same_batch(tmp_path):
         fit(folder, SaveOnSignal(folder), OneOfTwo(), devices=2, strategy="ddp", use_distributed_sampler=False)
         """)
     )
-    assert subprocess.run([sys.executable, script], timeout=120, check=False).returncode == 143
+    assert run([sys.executable, script]).returncode == 143
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
