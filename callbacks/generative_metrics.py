@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lightning_diffusion.averaging import resolve_weights
 from lightning_diffusion.callbacks.ema import EMA
+from lightning_diffusion.callbacks.held_out import held_out_loaders
 from lightning_diffusion.classifier_features import ClassifierFeatures
+from lightning_diffusion.contexts import refuse_context
 from lightning_diffusion.features import FeatureExtractor
 from lightning_diffusion.generative import (
     Draws,
@@ -34,6 +36,9 @@ from lightning_diffusion.guidance import Guidance
 from lightning_diffusion.real_images import FEWEST, RealImages
 
 _QUICK = 16
+_WITHOUT_CONTEXT = (
+    "Leave GenerativeMetrics out, or measure your own samples with lightning_diffusion.metrics."
+)
 
 
 class GenerativeMetrics(Callback):
@@ -95,11 +100,11 @@ class GenerativeMetrics(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Averages are there by now, and what representations measure is measured."""
         self._measured_at, self._warned = trainer.global_step, False
-        self._check_context(pl_module)
+        refuse_context(pl_module, "GenerativeMetrics", _WITHOUT_CONTEXT)
         self._check_weights(trainer, pl_module)
         with _random_numbers_kept(pl_module):
             shown = _shows_bars(trainer)
-            real = real_images_of(pl_module, trainer.train_dataloader, _held_out(trainer), shown)
+            real = real_images_of(pl_module, trainer.train_dataloader, held_out_loaders(trainer), shown)
             self._load(trainer, pl_module, real)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
@@ -118,15 +123,6 @@ class GenerativeMetrics(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._ready = self._real = self._labels = None
-
-    def _check_context(self, pl_module: LightningModule) -> None:
-        width = getattr(getattr(pl_module, "network", None), "context_dim", 0)
-        if width:
-            raise ValueError(
-                f"GenerativeMetrics draws without context, but the network has context_dim={width}: samples of no "
-                "context would be compared with data that have one. Leave GenerativeMetrics out, or measure your "
-                "own samples with lightning_diffusion.metrics."
-            )
 
     def _check_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
         wanted = [draws.weights or default_weights(pl_module) for draws in self.draws]
@@ -228,8 +224,3 @@ def _shows_bars(trainer: Trainer) -> bool:
 
 def _short(found: dict[str, float]) -> dict[str, float]:
     return {name.removeprefix("metrics/"): value for name, value in found.items()}
-
-
-def _held_out(trainer: Trainer) -> Any:
-    trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    return trainer.val_dataloaders

@@ -9,9 +9,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_diffusion.batches import LABEL
+from lightning_diffusion.callbacks.held_out import held_out_loaders
 from lightning_diffusion.callbacks.pictures import show
+from lightning_diffusion.contexts import first_conditions, refuse_context, takes_context
 from lightning_diffusion.guidance import Guidance
 from lightning_diffusion.plots import image_grid
+
+_WITHOUT_CONTEXT = (
+    "Give the run validation data whose batches have one, which pictures then show, or leave SampleGrid out."
+)
 
 
 class SampleGrid(Callback):
@@ -25,7 +32,8 @@ class SampleGrid(Callback):
 
     Args:
         every_n_steps: optimizer steps between pictures.
-        rows, columns: a conditional model draws a row for each of its first `rows` classes.
+        rows, columns: a conditional model draws a row for each of its first `rows` classes, or for each of the first
+            `rows` contexts held out, with the labels that these come with.
         weights: `online`, `ema`, `ema:NAME` or a file; None: `ema` where there are averages, else `online`.
         seed: of the noise; equal seeds show the same noise in every picture and run.
         scale: enlargement of each image; None: small images to about 48 pixels.
@@ -51,6 +59,7 @@ class SampleGrid(Callback):
         self.weights, self.seed, self.scale = weights, seed, scale
         self.guidance = guidance
         self._drawn_at = 0
+        self._condition: dict[str, Tensor] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not callable(getattr(pl_module, "sample", None)):
@@ -61,6 +70,8 @@ class SampleGrid(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._drawn_at = trainer.global_step
+        if takes_context(pl_module):
+            self._condition = self._contexts(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         if trainer.global_step != self._drawn_at and trainer.global_step % self.every_n_steps == 0:
@@ -78,15 +89,29 @@ class SampleGrid(Callback):
 
     def _sample(self, pl_module: Any) -> Tensor:
         weights = self.weights or ("ema" if getattr(pl_module, "averages", None) else "online")
-        rows = min(self.rows, getattr(pl_module, "num_classes", 0) or self.rows)
-        label = torch.arange(rows).repeat_interleave(self.columns)
-        condition = {"label": label} if getattr(pl_module, "num_classes", 0) else None
+        condition = self._condition or self._classes(pl_module)
+        number = len(next(iter(condition.values()))) if condition else self.rows * self.columns
         with torch.random.fork_rng([pl_module.device] if pl_module.device.type == "cuda" else []):
             guided = {} if self.guidance is None else {"guidance": self.guidance}
-            images: Tensor = pl_module.sample(
-                len(label), condition, weights=weights, seed=self.seed, **guided
-            )
+            images: Tensor = pl_module.sample(number, condition, weights=weights, seed=self.seed, **guided)
         return images
+
+    def _classes(self, pl_module: Any) -> dict[str, Tensor] | None:
+        """A row for each."""
+        classes = getattr(pl_module, "num_classes", 0)
+        return (
+            {LABEL: torch.arange(min(self.rows, classes)).repeat_interleave(self.columns)}
+            if classes
+            else None
+        )
+
+    def _contexts(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
+        """Held-out ones, which are the same however far training is; a row for each."""
+        with torch.random.fork_rng([]):
+            found = first_conditions(held_out_loaders(trainer), pl_module, self.rows)
+        if not found:
+            refuse_context(pl_module, "SampleGrid", _WITHOUT_CONTEXT)
+        return {name: value.repeat_interleave(self.columns, 0) for name, value in found.items()}
 
     def _show(self, trainer: Trainer, images: Tensor) -> None:
         if images.isnan().any():

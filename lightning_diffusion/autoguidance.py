@@ -9,6 +9,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from lightning_diffusion.averaging import full_name
 from lightning_diffusion.drawing import Drawing, evaluating
 from lightning_diffusion.exported import load_module
 from lightning_diffusion.guidance import Extrapolation, Guidance
@@ -57,8 +58,7 @@ class AutoGuidance(Guidance):
         """The guide's denoiser at the levels of the model's process."""
         guide = self.model.to(next(model.parameters()).device)
         _check_alike(model, guide)
-        weights = self.weights or ("ema" if guide.averages else "online")
-        denoise = guide.denoiser(condition, weights=weights)
+        denoise = guide.denoiser(condition, weights=self.weights_in_use)
         same = _process(guide.objective.schedule) is _process(model.objective.schedule)
         return partial(_evaluated if same else _carried, guide, denoise)
 
@@ -66,6 +66,12 @@ class AutoGuidance(Guidance):
     def model(self) -> Drawing:
         """The guide itself, read when it is first needed."""
         return load_module(self.guide) if isinstance(self.guide, str) else self.guide
+
+    @property
+    def weights_in_use(self) -> str:
+        """The guide's, by the name that says which."""
+        weights = self.weights or ("ema" if self.model.averages else "online")
+        return full_name(weights, self.model.averages)
 
     @property
     def tag(self) -> str:

@@ -199,6 +199,12 @@ def resolve_weights(spec: str, averages: Mapping[str, dict[str, Tensor]]) -> dic
     )
 
 
+def full_name(spec: str, averages: Mapping[str, dict[str, Tensor]]) -> str:
+    """The name that says which average is meant: `ema` is `ema:NAME` of the first, unless that is called so."""
+    first = next(iter(averages), "ema")
+    return f"ema:{first}" if spec == "ema" != first else spec
+
+
 def _average_named(spec: str, averages: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     if not averages:
         raise ValueError(

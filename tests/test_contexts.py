@@ -1,4 +1,4 @@
-"""What draws a network with cross-attention: pictures show held-out contexts, everything else refuses to leave it out."""
+"""A network with cross-attention: pictures show held-out contexts, all else refuses to draw without one."""
 
 import argparse
 
@@ -73,7 +73,7 @@ def test_a_picture_shows_a_row_for_each_held_out_context_with_its_label(tmp_path
 
 @pytest.mark.parametrize("validation", [None, DataLoader(torch.zeros(4, 1, 8, 8))])
 def test_a_picture_without_held_out_contexts_is_refused_before_the_first_step(tmp_path, validation):
-    said = "SampleGrid draws without context, but UNet attends to one.*validation data whose batches have"
+    said = "SampleGrid draws without context, but UNet attends to one.*validation data whose batches have one"
     with pytest.raises(ValueError, match=said):
         trained(attending(), tmp_path, validation, callbacks=[SampleGrid()])
 
@@ -102,7 +102,7 @@ def test_commands_refuse_to_draw_without(folder, capsys, command):
 
 def test_a_sweep_refuses_by_frechet_distance():
     given = argparse.Namespace(metric="frechet", num=10, seed=0)
-    with pytest.raises(ValueError, match="ema sweep draws without context.*--metric val-loss"):
+    with pytest.raises(ValueError, match=r"ema sweep draws without context.*--metric val-loss"):
         _evaluation(given, attending(), ld.datamodules.DigitsDataModule())
 
 

@@ -188,5 +188,5 @@ def test_a_module_that_cannot_sample_is_refused():
 
 def test_a_network_with_context_is_refused_rather_than_drawn_without():
     net = ld.UNet((1, 8, 8), 8, (1,), 1, attention_levels=(0,), context_dim=4)
-    with pytest.raises(ValueError, match="draws without context, but the network has context_dim=4"):
+    with pytest.raises(ValueError, match="GenerativeMetrics draws without context, but UNet attends"):
         fit(module(network=net, label_dropout=1.0), callbacks=[metrics()])

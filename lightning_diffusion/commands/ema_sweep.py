@@ -97,8 +97,11 @@ def _datamodule(run: Path) -> LightningDataModule:
 
 
 def _evaluation(given: Any, module: DiffusionModule, data: LightningDataModule) -> Evaluation:
+    from lightning_diffusion.contexts import refuse_context
+
     if given.metric == "val-loss":
         return partial(_validation_loss, module, data)
+    refuse_context(module, "ema sweep", "Let --metric val-loss decide.")
     return partial(_frechet, module, *_real_features(data), given.num, given.seed)
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import itertools
-import json
 import math
 import re
 import time
@@ -14,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +21,20 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
-from lightning_diffusion.averaging import resolve_weights
+from lightning_diffusion.autoguidance import AutoGuidance
+from lightning_diffusion.averaging import full_name, resolve_weights
 from lightning_diffusion.classifier_features import ClassifierFeatures
+from lightning_diffusion.commands import evaluation_table as table
 from lightning_diffusion.commands.classes import forget_arguments_where_classes_change
 from lightning_diffusion.commands.errors import UnknownOptionError
+from lightning_diffusion.commands.evaluation_table import Row
 from lightning_diffusion.commands.guiding import guidance_of
 from lightning_diffusion.commands.quiet import quiet
 from lightning_diffusion.commands.resuming import value_of
 from lightning_diffusion.commands.sample import load, parse_sampler
 from lightning_diffusion.commands.train import Parser, import_all_components
 from lightning_diffusion.commands.writing import refuse_existing
+from lightning_diffusion.contexts import refuse_context
 from lightning_diffusion.features import FeatureExtractor
 from lightning_diffusion.generative import (
     FIGURES,
@@ -50,13 +52,9 @@ from lightning_diffusion.generative import (
     real_images_of,
 )
 from lightning_diffusion.guidance import Guidance
-from lightning_diffusion.io import checkpoint_of, run_folder_of, write_atomically
+from lightning_diffusion.io import checkpoint_of, run_folder_of
 from lightning_diffusion.module import DiffusionModule
-from lightning_diffusion.plots import QualityPoint, quality_curves
 from lightning_diffusion.recording import public_path
-
-Row = dict[str, Any]
-COLUMNS = ("weights", "sampler", "steps", "guidance", "evaluations", *FIGURES, "seconds")
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,7 @@ class Comparison:
     ready: ReadyExtractor
     real: RealFeatures
     labels: Tensor | None
+    data_hash: str
 
 
 def evaluate(own: argparse.Namespace, others: Sequence[str], own_options: Sequence[str]) -> None:
@@ -74,20 +73,44 @@ def evaluate(own: argparse.Namespace, others: Sequence[str], own_options: Sequen
     out = Path(own.out or _run_folder(own.checkpoint) / "evaluation")
     refuse_existing(out, own.overwrite)
     module = load(own.checkpoint).to(own.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    refuse_context(module, "evaluate", "Measure your own samples with lightning_diffusion.metrics.")
     plan = list(_combinations(own, module))
     _refuse_diverged(module, {draws.weights or "" for draws in plan}, own.checkpoint)
     data, extractor = _data_and_extractor(own.checkpoint, others, own_options)
     compared = _comparison(module, data, extractor)
     print(_opening(own, compared, data), flush=True)
-    rows: list[Row] = []
+    rows, said = [], _said(own, compared, data)
     for draws in plan:
         rows.append(_measured(module, compared, draws))
-        print(_line(rows[-1]), flush=True)
-        _write(
-            out, rows, {"checkpoint": str(own.checkpoint), "samples": own.num, "extractor": repr(extractor)}
-        )
-    _draw(out / "evaluation.png", rows, f"{extractor.name}, {own.num:,} samples")
+        print(table.line(rows[-1]), flush=True)
+        table.write(out, rows, said)
+    table.draw(out / "evaluation.png", rows, f"{extractor.name}, {own.num:,} samples")
     print(f"in {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+def _said(own: argparse.Namespace, compared: Comparison, data: LightningDataModule) -> Row:
+    """What is the same for all rows."""
+    checkpoint = checkpoint_of(own.checkpoint)
+    values = (
+        str(checkpoint),
+        _step_of(checkpoint),
+        own.num,
+        own.seed,
+        type(data).__name__,
+        compared.data_hash,
+        *map(len, compared.real),
+        repr(compared.ready.extractor),
+        f"lightning-diffusion {version('lightning-diffusion')}, torch {torch.__version__}",
+    )
+    return dict(zip(table.SAID, values, strict=True))
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    """After which optimizer step it was saved; None for an exported file, which does not know."""
+    if checkpoint.suffix == ".safetensors":
+        return None
+    saved = torch.load(checkpoint, map_location="meta", weights_only=True)
+    return int(saved["global_step"])
 
 
 def _run_folder(place: str) -> Path:
@@ -173,7 +196,7 @@ def _comparison(
     real = real_images_of(module, data.train_dataloader(), data.val_dataloader())
     ready = get_ready(extractor, real, module.device)
     labels = real.content.labels if module.num_classes else None
-    return Comparison(ready, real_features(ready, real), labels)
+    return Comparison(ready, real_features(ready, real), labels, real.content.digest)
 
 
 def _measured(module: DiffusionModule, compared: Comparison, draws: Draws) -> Row:
@@ -184,14 +207,31 @@ def _measured(module: DiffusionModule, compared: Comparison, draws: Draws) -> Ro
     if said := diverged(drawn):
         warnings.warn(f"{name}, {draws.weights} weights: {said}", stacklevel=2)
     return {
-        "weights": draws.weights,
+        "weights": full_name(draws.weights or default_weights(module), module.averages),
         "sampler": name,
         "steps": sampler.num_steps,
-        "guidance": getattr(draws.guidance, "scale", 1.0),
+        **_guided(draws.guidance),
         "evaluations": len(calls) // num_chunks(draws.num_samples),
         **dict.fromkeys(FIGURES, math.nan),
         **figures(compared.real, drawn),
         "seconds": round(seconds, 2),
+        "sampler_settings": repr(sampler),
+    }
+
+
+def _guided(guidance: Any) -> Row:
+    """Scale and the columns of guidance, None where there is nothing to say."""
+    guide = guidance if isinstance(guidance, AutoGuidance) else None
+    interval, rescale = getattr(guidance, "interval", None), getattr(guidance, "rescale", None)
+    values = (
+        interval and "{:g},{:g}".format(*interval),
+        rescale,
+        guide and str(checkpoint_of(str(guide.guide))),
+        guide and guide.weights_in_use,
+    )
+    return {
+        "guidance": getattr(guidance, "scale", 1.0),
+        **dict(zip(table.GUIDANCE, values, strict=True)),
     }
 
 
@@ -217,44 +257,4 @@ def _opening(own: Any, compared: Comparison, data: Any) -> str:
     ]
     if few := few_samples(compared.real, own.num):
         lines.append(f"warning: {few}")
-    return "\n".join([*lines, "", "  ".join(name.rjust(width) for name, width in _WIDTHS.items())])
-
-
-_HEADS = {name: name.replace("near_copies_held_out", "held_out") for name in COLUMNS}
-_WIDTHS = {head: max(len(head), 9) for head in _HEADS.values()}
-
-
-def _line(row: Row) -> str:
-    return "  ".join(_cell(row[name]).rjust(_WIDTHS[head]) for name, head in _HEADS.items())
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _write(out: Path, rows: Sequence[Row], said: dict[str, Any]) -> None:
-    """After every row, so that what was measured is not lost."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    clean = [{k: None if v != v else v for k, v in row.items()} for row in rows]  # JSON has no nan
-    text = json.dumps({**said, "rows": clean}, indent=1)
-    for name, content in {"evaluation.csv": table.getvalue(), "evaluation.json": text}.items():
-        write_atomically(out / name, lambda file, content=content: file.write(content.encode()))  # type: ignore[misc]
-
-
-def _draw(path: Path, rows: Sequence[Row], title: str) -> None:
-    points = [
-        QualityPoint(_curve(row), row["evaluations"], row["frechet"])
-        for row in rows
-        if math.isfinite(row["frechet"])
-    ]
-    if points:
-        figure = quality_curves(points, title)
-        write_atomically(path, lambda file: figure.savefig(file, format="png"))
-
-
-def _curve(row: Row) -> str:
-    guided = "" if row["guidance"] == 1 else f", guidance {row['guidance']:g}"
-    return f"{row['sampler']}, {row['weights']}{guided}"
+    return "\n".join([*lines, "", table.heading()])

@@ -24,6 +24,9 @@ examples:
   lightning-diffusion sample --checkpoint runs/digits-1 --num 20 --out threes/ --label 3 --guidance 1.5"""
 
 
+_IN_PYTHON = 'In Python: load_module(PATH).sample(N, {"context": embeddings}).'
+
+
 def run(command: str, arguments: list[str]) -> int:
     """Draw images and write them."""
     given = _parser().parse(arguments)
@@ -88,16 +91,19 @@ def _drawn(given: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of images and labels, with a bar if it takes long."""
     import torch
 
+    from lightning_diffusion.averaging import full_name
+    from lightning_diffusion.contexts import refuse_context
+
     module = load(given.checkpoint).to(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    refuse_context(module, "sample", _IN_PYTHON)
     labels = _cycled(given.label, given.num, module.num_classes)
     sampler = _sampler(given, module.sampler)
     weights = given.weights or ("ema" if module.averages else "online")
     guidance = guidance_of(given, given.guidance)
     condition = {"label": labels} if module.num_classes else None
     batches = module.sample_batches(given.num, condition, sampler, guidance, weights, given.seed)
-    print(
-        f"{given.num} images with {_named(weights, module)} weights, {sampler}, seed {given.seed}", flush=True
-    )
+    named = full_name(weights, module.averages)
+    print(f"{given.num} images with {named} weights, {sampler}, seed {given.seed}", flush=True)
     yield from _with_bar(zip(batches, torch.split(labels, 256), strict=True), given.num)
 
 
@@ -146,11 +152,6 @@ def parse_sampler(text: str, own: Sampler) -> Sampler:
     sampler: Any = known[name.lower()]() if name else own
     chosen: Sampler = replace(sampler, num_steps=int(steps)) if steps else sampler
     return chosen
-
-
-def _named(weights: str, module: DiffusionModule) -> str:
-    first = next(iter(module.averages), "ema")
-    return f"ema:{first}" if weights == "ema" != first else weights
 
 
 def _with_bar(batches: Iterator[tuple[Tensor, Tensor]], number: int) -> Iterator[tuple[Tensor, Tensor]]:
