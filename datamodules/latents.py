@@ -30,7 +30,7 @@ class NumberedSampler(ResumableSampler):
 class LatentShards(BatchDataset):
     """Samples of memory-mapped shards; number e n + i is sample i of n, drawn from its posterior in epoch e.
 
-    Draws are a function of (seed, the numbers in the batch).
+    A draw is a function of (seed, number).
 
     Args:
         shards: of one part.
@@ -48,8 +48,8 @@ class LatentShards(BatchDataset):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         rows = self._rows(torch.as_tensor(indices) % len(self))
         posterior = Posterior(rows["mean"], None if self.seed is None else rows.get("std"))
-        seed = hash_seed(self.seed, "latents", [int(index) for index in indices])
-        batch = {"image": posterior.draw(torch.Generator().manual_seed(seed))}
+        seeds = [hash_seed(self.seed, "latents", int(index)) for index in indices]
+        batch = {"image": posterior.draw_each(seeds)}
         return {**batch, "label": rows["label"]} if self.labels else batch
 
     def __getstate__(self) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class StreamingOptions:
 
 
 class ChunkedDataset(BatchDataset):
-    """Samples of a part; number e n + i is sample i of n in epoch e, which matters for latents that are drawn.
+    """Samples of a part; number e n + i is sample i of n in epoch e, and what a latent's draw is a function of.
 
     Args:
         reader: of the part.
@@ -72,8 +72,8 @@ class ChunkedDataset(BatchDataset):
 
     def _drawn(self, samples: Batch, indices: Sequence[int]) -> torch.Tensor:
         std = samples.get("std") if self.options.sample else None
-        seed = hash_seed(self.seed, "latents", list(indices))
-        return Posterior(samples["mean"], std).draw(torch.Generator().manual_seed(seed))
+        seeds = [hash_seed(self.seed, "latents", index) for index in indices]
+        return Posterior(samples["mean"], std).draw_each(seeds)
 
     def _check(self, image: torch.Tensor) -> None:
         if tuple(image.shape[1:]) != self.prepared.shape:

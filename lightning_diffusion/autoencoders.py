@@ -7,7 +7,7 @@ decode  a tensor; diffusers' object with sample
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,15 @@ class Posterior(NamedTuple):
         noise = torch.randn(
             self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
         )
+        return self.mean + self.std * noise
+
+    def draw_each(self, seeds: Sequence[int]) -> Tensor:
+        """Latents (B, C, H, W) on the CPU, each drawn by a seed of its own, whatever is beside it in the batch."""
+        if self.std is None:
+            return self.mean
+        noise, generator = torch.empty_like(self.mean), torch.Generator()
+        for own, seed in zip(noise, seeds, strict=True):
+            own.normal_(generator=generator.manual_seed(seed))
         return self.mean + self.std * noise
 
 

@@ -1,6 +1,6 @@
-"""A fresh script that trains on 1, 2 and 4 processes with one global batch; `FOLDER/JOB-WORLD-RANK.pt` is what each saw.
+"""A fresh script that trains on 1, 2, 4 processes with one global batch; `FOLDER/JOB-WORLD-RANK.pt` is what each saw.
 
-    python tests/same_batch_processes.py FOLDER
+python tests/same_batch_processes.py FOLDER
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from test_resumed_data import QUIET
 import lightning_diffusion as ld
 from lightning_diffusion.datamodules import (
     ImageFolderDataModule,
-    LatentsDataModule,
     StreamingDataModule,
     StreamingOptions,
-    write_latents,
 )
 from lightning_diffusion.datamodules.chunk_writing import ChunkWriter
 
-WORLDS, GLOBAL_BATCH = (1, 2, 4), 8
+GLOBAL_BATCH = 8
+WORLDS = {"pixels": (1, 2, 4), "latents": (1, 2)}
 
 
 class Recorder(L.Callback):
@@ -58,13 +57,9 @@ class Recorder(L.Callback):
 
 
 def data_of(job: str, folder: Path, batch_size: int) -> L.LightningDataModule:
-    """Mirrored pixels read by a worker; drawn latents out of chunks and out of shards."""
+    """Mirrored pixels, or latents that are drawn."""
     if job == "pixels":
-        return ImageFolderDataModule(
-            folder / "images", 8, batch_size, flip=True, held_out=0.0, in_memory=False, num_workers=1
-        )
-    if job == "shards":
-        return LatentsDataModule(folder / "shards", batch_size)
+        return ImageFolderDataModule(folder / "images", 8, batch_size, flip=True, held_out=0.0)
     options = StreamingOptions(streams=4, window=4)
     return StreamingDataModule(str(folder / "chunks"), batch_size, num_workers=0, options=options)
 
@@ -94,9 +89,8 @@ def main(folder: Path) -> None:
         two_classes(folder / "images"), 8, held_out=0.0, in_memory=False, num_workers=0
     )
     ChunkWriter(Gaussian(), chunk_bytes=5000).write(images, folder / "chunks")
-    write_latents(images, Gaussian(), folder / "shards")
-    for job in ("pixels", "chunks", "shards"):
-        for world in WORLDS:
+    for job, worlds in WORLDS.items():
+        for world in worlds:
             run_ranks(world, train, job, folder)
 
 
