@@ -63,6 +63,11 @@ class ChunkedDataset(BatchDataset):
     def __len__(self) -> int:
         return len(self.reader)
 
+    @property
+    def chunk_sizes(self) -> Sequence[int]:
+        """Samples of each chunk, in the order of their indices."""
+        return self.reader.sizes
+
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         size = len(self)
         samples = self.reader.read([index % size for index in indices])

@@ -89,3 +89,21 @@ class ChunkOrder:
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(hash_seed(self.seed, "order", purpose, self.epoch, number))
+
+
+def sample_of_few_chunks(sizes: Sequence[int], number: int, at_least: int = 64) -> Tensor:
+    """A fixed random choice of samples out of few chunks, sorted, shape (number,).
+
+    Args:
+        sizes: samples of each chunk.
+        number: how many, of all at most.
+        at_least: chunks to choose from, the first in a fixed random order; of more, if these hold too few.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = torch.tensor(sizes, dtype=torch.int64)
+    order = torch.randperm(len(size), generator=generator)
+    needed = int(torch.searchsorted(size[order].cumsum(0), number)) + 1
+    first = size.cumsum(0) - size
+    candidates = [torch.arange(sizes[n]) + first[n] for n in order[: max(at_least, needed)].tolist()]
+    samples = torch.cat(candidates)
+    return samples[torch.randperm(len(samples), generator=generator)[:number]].sort().values

@@ -7,6 +7,7 @@ share the work. Labels are in the proportions of the training data. Images reach
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from lightning_diffusion.batches import LABEL
 from lightning_diffusion.feature_cache import cached, content_hash
@@ -138,8 +140,23 @@ def real_features(ready: ReadyExtractor, real: RealImages) -> RealFeatures:
         return {name: torch.cat(rows) if rows else torch.empty(0, width) for name, rows in made.items()}
 
     parameters = tensors_hash(ready.network.state_dict())
-    content = content_hash(repr(ready.extractor), parameters, real.content.digest)
-    return RealFeatures(**cached(ready.extractor.name, content, compute))
+    content = content_hash(repr(ready.extractor), parameters, _versions(ready.network), real.content.digest)
+    return RealFeatures(**cached(ready.extractor.name, content, compute, _probe(ready)))
+
+
+def _probe(ready: ReadyExtractor) -> Tensor:
+    """Features (4, F) of two images of noise and two of coarse noise, which no data enter."""
+    generator = torch.Generator().manual_seed(0)
+    channels, height, width = ready.image_shape
+    fine = torch.rand(2, channels, height, width, generator=generator)
+    coarse = interpolate(torch.rand(2, channels, 4, 4, generator=generator), (height, width))
+    return ready((torch.cat([fine, coarse]) * 255).round().byte())
+
+
+def _versions(network: nn.Module) -> dict[str, str]:
+    """Of the packages that its parts are from."""
+    packages = {type(part).__module__.partition(".")[0] for part in network.modules()}
+    return {name: str(getattr(sys.modules.get(name), "__version__", "")) for name in sorted(packages)}
 
 
 def _features(batches: Iterator[Batch], ready: ReadyExtractor, waiting: Waiting) -> Iterator[Tensor]:

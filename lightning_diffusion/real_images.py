@@ -13,10 +13,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_diffusion.batches import LABEL, unpack
 from lightning_diffusion.checks import check_images
+from lightning_diffusion.chunk_order import sample_of_few_chunks
 from lightning_diffusion.waiting import Waiting
 
 MOST = 50_000
 FEWEST = 10
+_LISTED = 2**24  # of more samples, not all indices are written down
 
 
 class Batch(NamedTuple):
@@ -43,7 +45,7 @@ class RealImages:
 
     Args:
         training: a loader of the training data; of its dataset each sample is taken once, of more than 50,000 a fixed
-            random choice.
+            random choice; of data in chunks a choice out of 64 chunks, or as few more as hold 50,000.
         held_out: loaders of data that are never trained on.
         decode: from what batches hold to images in [-1, 1], for data kept as latents.
         shown: whether to show bars.
@@ -125,15 +127,32 @@ def _every_sample(loader: Any) -> Any:
             f"found a loader of {type(dataset).__name__}, expected one of a dataset that can be indexed, to go through "
             "every real image once: give metrics a datamodule of such data."
         )
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:MOST].sort().values
     return DataLoader(
         dataset,
         batch_size=loader.batch_size or 256,
-        sampler=chosen.tolist(),
+        sampler=_chosen(dataset).tolist(),
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         generator=torch.Generator().manual_seed(0),  # else iterating draws from the global one
     )
+
+
+def _chosen(dataset: Any) -> Tensor:
+    """Indices of all samples, or of a fixed random choice; of data in chunks one that few of them hold."""
+    size = len(dataset)
+    if size <= MOST:
+        return torch.arange(size)
+    sizes = getattr(dataset, "chunk_sizes", None)
+    return _some_of(size, MOST) if sizes is None else sample_of_few_chunks(sizes, MOST)
+
+
+def _some_of(size: int, number: int) -> Tensor:
+    """`number` of so many, sorted; without a list of all where they are very many."""
+    generator = torch.Generator().manual_seed(0)
+    few = size <= max(_LISTED, 4 * number)
+    drawn = torch.arange(size) if few else torch.randint(size, (2 * number,), generator=generator)
+    candidates = torch.unique(drawn)
+    return candidates[torch.randperm(len(candidates), generator=generator)[:number]].sort().values
 
 
 def _count(loader: Any) -> int:

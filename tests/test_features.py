@@ -90,6 +90,43 @@ def test_of_very_many_images_a_fixed_choice_is_taken(monkeypatch):
     assert first.max() > 0.3, "not merely the first ones"
 
 
+class Huge(TensorDataset):
+    """So many that a list of them would not fit anywhere."""
+
+    def __len__(self):
+        return 10**15
+
+
+def test_of_more_images_than_a_list_could_hold_a_fixed_choice_is_taken():
+    one, again = (real_images._chosen(Huge()) for _ in range(2))
+    assert torch.equal(one, again)
+    assert len(one.unique()) == real_images.MOST
+    assert one.min() >= 0
+    mean, error = 0.5e15, 1e15 / (12 * len(one)) ** 0.5
+    assert abs(one.double().mean() - mean) < 4 * error
+
+
+class Chunked(TensorDataset):
+    """10,000 chunks of 1,000."""
+
+    chunk_sizes = (1000,) * 10_000
+
+    def __len__(self):
+        return 10**7
+
+
+@pytest.mark.parametrize(("number", "chunks"), [(50, 64), (50_000, 64), (100_000, 100)])
+def test_of_data_in_chunks_few_chunks_are_read(monkeypatch, number, chunks):
+    monkeypatch.setattr(real_images, "MOST", number)
+    one, again = (real_images._chosen(Chunked()) for _ in range(2))
+    assert torch.equal(one, again)
+    assert len(one.unique()) == number
+    touched = (one // 1000).unique()
+    assert len(touched) <= chunks
+    assert touched.max() > 5000, "not merely the first ones"
+    assert number < 10_000 or len(touched) == chunks
+
+
 def test_too_few_images_and_streams_are_refused():
     with pytest.raises(ValueError, match="found 3 training images, expected 10 or more"):
         RealImages(loader(torch.zeros(3, 1, 2, 2)))

@@ -184,6 +184,36 @@ def test_of_other_data_or_another_network_they_are_computed_anew(change):
     assert first.training.shape != other.training.shape or not torch.equal(first.training, other.training)
 
 
+class Counting(torch.nn.Module):
+    """Flat pixels to a power, which no parameter and no setting tells."""
+
+    def __init__(self, power):
+        super().__init__()
+        self.power, self.calls = power, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x.flatten(1) ** self.power
+
+
+def test_a_network_whose_code_has_changed_never_gets_the_features_of_the_old_one(monkeypatch):
+    def features(network):
+        real = digits()
+        ready = get_ready(ld.ModuleFeatures(network, "own", channels=1, mean=[0.0], std=[1.0]), real)
+        network.calls = 0
+        return real_features(ready, real).training, network.calls
+
+    first, computed = features(Counting(1.0))
+    again, probed = features(Counting(1.0 + 1e-7))
+    other, anew = features(Counting(1.01))
+    assert torch.equal(first, again)
+    assert (probed, anew) == (1, computed), "the probe alone, and everything"
+    assert computed > 2
+    assert_close(other, first**1.01)
+    monkeypatch.setattr("lightning_diffusion.feature_cache.version", lambda _: "another")
+    assert features(Counting(1.01))[1] == computed, "another version of this package"
+
+
 @pytest.mark.parametrize("harm", ["other content", "other values", "cut off"])
 def test_a_cache_from_other_data_or_damaged_is_never_trusted(cache, harm):
     _, right = compared()

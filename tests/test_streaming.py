@@ -23,6 +23,7 @@ from lightning_diffusion.chunks import Prepared, write_chunk, write_index
 from lightning_diffusion.datamodules import ImageFolderDataModule, StreamingDataModule, StreamingOptions
 from lightning_diffusion.datamodules.base import Ranks
 from lightning_diffusion.datamodules.chunk_writing import ChunkWriter
+from lightning_diffusion.real_images import RealImages
 from lightning_diffusion.resume import Place
 
 COUNT, CHUNK = 960, 50
@@ -59,6 +60,13 @@ def test_samples_are_those_that_were_written(numbered):
     assert torch.equal(found["label"], order)
     assert torch.equal(found["image"], pixels(order))
     assert len(pickle.dumps(reader)) < 10_000
+
+
+def test_metrics_take_a_fixed_choice_of_what_is_streamed(numbered, monkeypatch):
+    monkeypatch.setattr("lightning_diffusion.real_images.MOST", 100)
+    one, other = (RealImages(streaming(numbered, size).train_dataloader()).content for size in (32, 48))
+    assert one.digest == other.digest
+    assert len(one.labels.unique()) == 100
 
 
 def test_litdata_itself_reads_the_chunks(numbered):
