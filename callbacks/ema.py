@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_diffusion.averager import ModelAverages, parameters_to_average, state_of_weight_averaging
 from lightning_diffusion.averaging import STATE_KEY, Averages
-from lightning_diffusion.profiles import FixedDecay, Profile
+from lightning_diffusion.profiles import Profile, profiles_by_name
 from lightning_diffusion.recorder import Recorder, Snapshots, new_run, widths_of
 from lightning_diffusion.snapshots import Place, network_hash
 from lightning_diffusion.swapping import Swap
@@ -60,7 +60,7 @@ class EMA(Callback):
             raise ValueError(
                 f"{every_n_steps=} has to be at least 1 and {start_step=} at least 0 optimizer steps."
             )
-        self.profiles = _by_name(decay)
+        self.profiles = profiles_by_name(decay)
         self.every_n_steps, self.start_step, self.only = every_n_steps, start_step, only
         self.snapshots, self._widths = snapshots, widths_of(self.profiles) if snapshots else {}
         self._recorder: Recorder | None = None
@@ -120,9 +120,10 @@ class EMA(Callback):
 
     def _new_averages(self, trainer: Trainer, pl_module: LightningModule) -> ModelAverages:
         parameters = parameters_to_average(pl_module, self.only)
-        return ModelAverages(
-            self.profiles, parameters, trainer.optimizers, self.every_n_steps, self.start_step
-        )
+        timing = self.every_n_steps, self.start_step
+        running = ModelAverages(self.profiles, parameters, trainer.optimizers, *timing)
+        running.gathers = not getattr(trainer.strategy, "writes_shards", False)
+        return running
 
     def _continue(self, old: ModelAverages, new: ModelAverages, pl_module: LightningModule) -> None:
         """A second `fit` of the same module goes on with its averages."""
@@ -142,6 +143,7 @@ class EMA(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._running is not None:
             self._restore(self._running)
+            _publish(self._running.averages, pl_module)  # strategies that shard have loaded others meanwhile
             if self.snapshots is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self._recorder = self._start_recording(trainer, self._running, self.snapshots)
 
@@ -261,12 +263,6 @@ def _a_64th(trainer: Trainer) -> int:
     if not math.isfinite(total):
         raise ValueError("The run has no end, so snapshots cannot be a 64th of it apart: give every_n_steps.")
     return max(1, int(total) // 64)
-
-
-def _by_name(decay: float | Profile | dict[str, Profile]) -> dict[str, Profile]:
-    if isinstance(decay, Mapping):
-        return dict(decay)
-    return {"ema": decay if isinstance(decay, Profile) else FixedDecay(decay)}
 
 
 def _publish(averages: Averages, pl_module: LightningModule) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from lightning.pytorch import Trainer
@@ -11,7 +10,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_diffusion.io import write_atomically
+from lightning_diffusion.io import folder_of, write_atomically
 
 
 def show(trainer: Trainer, picture: Image.Image, name: str) -> None:
@@ -21,8 +20,7 @@ def show(trainer: Trainer, picture: Image.Image, name: str) -> None:
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
-    path = folder / name / f"step={trainer.global_step:06d}.png"
+    path = folder_of(trainer) / name / f"step={trainer.global_step:06d}.png"
     write_atomically(path, partial(picture.save, format="png"))
     for logger in trainer.loggers:
         log_picture(logger, name, pixels_of(picture), trainer.global_step)

@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_diffusion.io import CHECKPOINTS, LAST
+from lightning_diffusion.io import CHECKPOINTS, LAST, folder_of
 
 
 class RunSummary(Callback):
@@ -29,12 +29,14 @@ class RunSummary(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.global_step:
             self._tell(
-                trainer, "Stopped at", ("go on", f"lightning-diffusion fit --resume {_folder(trainer)}")
+                trainer, "Stopped at", ("go on", f"lightning-diffusion fit --resume {folder_of(trainer)}")
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            sample = f"lightning-diffusion sample --checkpoint {_folder(trainer)} --num 64 --out samples.png"
+            sample = (
+                f"lightning-diffusion sample --checkpoint {folder_of(trainer)} --num 64 --out samples.png"
+            )
             self._tell(trainer, "Finished", ("draw more", sample))
 
     def _tell(self, trainer: Trainer, how: str, advice: tuple[str, str]) -> None:
@@ -42,7 +44,7 @@ class RunSummary(Callback):
             logger.save()
         seconds = time.monotonic() - self._began
         _say(f"{how} {trainer.global_step:,} steps after {seconds:.0f} s")
-        rows = list(_places(_folder(trainer)))
+        rows = list(_places(folder_of(trainer)))
         for name, what in [*rows, *([advice] if dict(rows).get("checkpoint") else [])]:
             _say(f"  {name:<12}{what}")
 
@@ -50,10 +52,6 @@ class RunSummary(Callback):
 @rank_zero_only
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _folder(trainer: Trainer) -> Path:
-    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def _what(pl_module: LightningModule) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -107,7 +106,7 @@ class SaveOnSignal(Callback):
         with temporary_beside(self.path) as temporary:
             trainer.save_checkpoint(temporary)
             if trainer.is_global_zero:
-                _replace(temporary, self.path)
+                publish(temporary, self.path)
         rank_zero_info(f"Stopped at step {trainer.global_step}, saved {self.path}")
 
     def _folder(self, trainer: Trainer) -> Path:
@@ -163,12 +162,6 @@ def _hears_signals(trainer: Trainer) -> bool:
 def _is_between_batches(trainer: Trainer) -> bool:
     progress = trainer.fit_loop.epoch_loop.batch_progress.total
     return bool(progress.ready == progress.completed > 0)
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    publish(temporary, path)
 
 
 def _leave_process_group() -> None:

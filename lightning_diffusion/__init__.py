@@ -85,6 +85,7 @@ _PUBLIC = {
     "module": ["DiffusionModule"],
     "loss_scaling": ["LossScaling"],
     "precision": ["DiffusionFSDPPrecision", "DiffusionPrecision"],
+    "fsdp2": ["FSDP2Strategy"],
     "resume": ["RandomKey", "ResumableSampler"],
     "io": ["AtomicCheckpointIO"],
     "averaging": ["load_averaged"],

@@ -33,6 +33,7 @@ from lightning_diffusion.exporting import export_program as export_program
 from lightning_diffusion.features import FeatureExtractor as FeatureExtractor
 from lightning_diffusion.features import InceptionFeatures as InceptionFeatures
 from lightning_diffusion.features import ModuleFeatures as ModuleFeatures
+from lightning_diffusion.fsdp2 import FSDP2Strategy as FSDP2Strategy
 from lightning_diffusion.gradients import Adaptive as Adaptive
 from lightning_diffusion.gradients import ClippingRule as ClippingRule
 from lightning_diffusion.gradients import GlobalNorm as GlobalNorm

@@ -46,7 +46,7 @@ class ModelAverages:
             name: p for name, p in parameters.items() if any(name in group for group in groups)
         }
         self.averages: Averages = {name: _float_copies(self.parameters) for name in profiles}
-        self.images = 0
+        self.images, self.gathers = 0, True
         self._parts = [self._part(group, every, start) for group in groups]
         self._handles: list[RemovableHandle] = []
 
@@ -114,9 +114,13 @@ class ModelAverages:
                 part[name].load_state_dict(clock)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers; sharded averages are gathered, so all processes have to call this."""
+        """Plain tensors and numbers; sharded averages are gathered, so all processes have to call this.
+
+        Under a strategy that writes shards (`gathers` is False) they are left as they are.
+        """
+        averages, given = self.averages.items(), whole if self.gathers else dict
         return {
-            "averages": {name: whole(average) for name, average in self.averages.items()},
+            "averages": {name: given(average) for name, average in averages},
             "clocks": self.clocks(),
             "profiles": {name: repr(profile) for name, profile in self.profiles.items()},
         }

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_diffusion.averaging import resolve_weights
 from lightning_diffusion.batches import LABEL
@@ -18,6 +19,7 @@ from lightning_diffusion.objective import Condition, DiffusionObjective
 from lightning_diffusion.representation import Representation
 from lightning_diffusion.resume import hash_seed
 from lightning_diffusion.sampling import Denoiser, Sampler
+from lightning_diffusion.swapping import Swapping
 
 
 class Drawing(nn.Module):
@@ -140,7 +142,10 @@ class Drawing(nn.Module):
 
     def _with_weights(self, weights: str) -> nn.Module:
         values = self.network_weights(weights)
-        return self.network if values is None else Reweighted(self.network, values)
+        if values is None:
+            return self.network
+        sharded = any(isinstance(part, FSDPModule) for part in self.network.modules())
+        return Swapping(self.network, values) if sharded else Reweighted(self.network, values)
 
     def _noise_shape(self) -> tuple[int, ...]:
         if self.image_shape is None:

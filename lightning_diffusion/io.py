@@ -1,8 +1,8 @@
 """Files that are either there, whole, or not there: atomic writes, checkpoints, run folders.
 
-A file is written beside its target as `.NAME.HOST.PID.tmp`, flushed to the disk, then renamed; what a killed
-process left is swept by the next write into that folder. A run folder holds config.yaml, metrics.csv,
-samples/ and checkpoints/last.ckpt.
+A file, or a folder of shards, is written beside its target as `.NAME.HOST.PID.tmp`, flushed to the disk, then
+renamed; what a killed process left is swept by the next write into that folder. A run folder holds config.yaml,
+metrics.csv, samples/ and checkpoints/last.ckpt.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any, BinaryIO
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
+
+from lightning_diffusion.sharded_checkpoints import consolidated, is_sharded_checkpoint
 
 CHECKPOINTS, LAST = "checkpoints", "last.ckpt"
 
@@ -56,18 +58,44 @@ def filled_folder(folder: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
     """A name in the folder of `path`, of this process alone; whatever has it afterwards is removed."""
-    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def temporary_name(path: Path) -> Path:
+    """Beside `path`, of this process alone."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Move a finished file to its place, so that neither is lost if the power fails."""
+    """Move a finished file or folder to its place, so that neither it nor what it replaces is lost on the way."""
     _flush(temporary)
+    before = _aside(path)
+    if is_sharded_checkpoint(path) or (temporary.is_dir() and path.is_file()):
+        _remove(before)
+        os.replace(path, before)
     os.replace(temporary, path)
     _flush(path.parent)
+    _remove(before)
+
+
+def settle(path: Path) -> None:
+    """Put back what a process that was killed right in `publish` had moved aside: a folder is not replaced at once."""
+    if _aside(path).exists() and not path.exists():
+        os.replace(_aside(path), path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.before")
+
+
+def flush_folder(folder: Path) -> None:
+    """All files in it to the disk."""
+    for file in folder.iterdir():
+        _flush(file)
 
 
 def sweep(folder: Path) -> None:
@@ -76,7 +104,14 @@ def sweep(folder: Path) -> None:
     for file in folder.iterdir():
         match = pattern.fullmatch(file.name)
         if match and not _is_alive(int(match[1])):
-            file.unlink(missing_ok=True)
+            _remove(file)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -119,14 +154,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read the checkpoint at `path`; by default only tensors and plain data."""
+        """Read the checkpoint at `path`, a file or shards; by default only tensors and plain data."""
+        if is_sharded_checkpoint(path):
+            return consolidated(path)
         with _readable(path):
             return super().load_checkpoint(path, map_location, weights_only)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The checkpoint of a run folder or file, on the CPU; tensors and plain data only."""
+    """The checkpoint of a run folder, a file or shards, on the CPU; tensors and plain data only."""
     file = checkpoint_of(path)
+    if file.is_dir():
+        return consolidated(file)
     with _readable(file):
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict):
@@ -137,14 +176,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def checkpoint_of(path: str | Path) -> Path:
-    """The checkpoint file itself, or of a run folder the last one."""
+    """The checkpoint itself, a file or a folder of shards, or of a run folder the last one."""
     path = Path(path)
-    if path.is_file():
+    settle(path)
+    if path.is_file() or is_sharded_checkpoint(path):
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist: give a checkpoint, or the run folder that holds it")
     last = path / CHECKPOINTS / LAST
-    files = [last] if last.is_file() else [*(path / CHECKPOINTS).glob("*.ckpt"), *path.glob("*.ckpt")]
+    settle(last)
+    files = [last] if last.exists() else [*(path / CHECKPOINTS).glob("*.ckpt"), *path.glob("*.ckpt")]
     if not files:
         raise FileNotFoundError(f"{path} holds no checkpoint: expected {last}; has this run saved one yet?")
     return max(files, key=lambda file: file.stat().st_mtime)
@@ -154,9 +195,17 @@ def run_folder_of(path: str | Path) -> Path | None:
     """The run folder that `path`, a run folder or a checkpoint in one, belongs to."""
     if not Path(path).exists():
         return None
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    is_folder = Path(path).is_dir() and not is_sharded_checkpoint(path)
+    folder = Path(path) if is_folder else Path(path).parent
     candidates = [folder, folder.parent] if folder.name == CHECKPOINTS else [folder]
     return next((candidate for candidate in candidates if (candidate / "config.yaml").is_file()), None)
+
+
+def folder_of(trainer: Any) -> Path:
+    """Where a Trainer's run writes, known to the first process; `trainer.log_dir` would wait for all processes."""
+    logger = trainer.loggers[0] if trainer.loggers else None
+    known = (getattr(logger, "log_dir", None), getattr(logger, "save_dir", None), trainer.default_root_dir)
+    return Path(next(folder for folder in known if folder))
 
 
 def refuse_other_weights(

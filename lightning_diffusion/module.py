@@ -13,6 +13,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from lightning_diffusion.averager import whole
 from lightning_diffusion.averaging import averages_in
 from lightning_diffusion.batches import (
     CONTEXT,
@@ -34,6 +35,7 @@ from lightning_diffusion.reports import Reports
 from lightning_diffusion.representation import Identity, Representation
 from lightning_diffusion.resume import RandomKey, hash_seed, rewind_to_window_, run_seed
 from lightning_diffusion.sampling import Heun, Sampler
+from lightning_diffusion.sharding import shard_under_strategy_
 
 CHECKPOINT_FORMAT = 1
 
@@ -117,6 +119,10 @@ class DiffusionModule(Drawing, L.LightningModule):
         """What precision plugins run in low precision: the network alone."""
         return [self.network]
 
+    def configure_model(self) -> None:
+        """Under ModelParallelStrategy (FSDP2) shard the network block by block; elsewhere nothing."""
+        shard_under_strategy_(self)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         self._configured = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
@@ -153,12 +159,12 @@ class DiffusionModule(Drawing, L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lightning_diffusion"] = {"format": CHECKPOINT_FORMAT, "seed": run_seed()}
         if "callbacks" not in checkpoint and self.averages:
-            checkpoint["averages"] = self.averages
+            checkpoint["averages"] = {name: whole(average) for name, average in self.averages.items()}
         rewind_to_window_(checkpoint, self.trainer.accumulate_grad_batches)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         _check_format(checkpoint)
-        _check_representation(self.representation, checkpoint["state_dict"])
+        _check_representation(self.representation, checkpoint.get("state_dict", {}))
         self.averages = averages_in(checkpoint)
 
     def _recorded_parts(self) -> dict[str, Any]:

@@ -160,6 +160,8 @@ class DiffusionFSDPPrecision(DiffusionPrecision):
         def configure_model(self):
             self.trainer.precision_plugin.shard_(self, self.device_mesh["data_parallel"], blocks=self.network.blocks)
 
+    as DiffusionModule does.
+
     Args:
         fp32_modules: patterns of the names of modules that compute in float32 besides.
 
@@ -180,18 +182,25 @@ class DiffusionFSDPPrecision(DiffusionPrecision):
         """Of islands."""
         return MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
 
-    def shard_(self, module: nn.Module, mesh: DeviceMesh, blocks: Sequence[nn.Module] = ()) -> None:
+    def shard_(
+        self,
+        module: nn.Module,
+        mesh: DeviceMesh,
+        blocks: Sequence[nn.Module] = (),
+        beside: Sequence[nn.Module] = (),
+    ) -> None:
         """Shard a module, in its configure_model; does nothing the second time.
 
         Args:
             module: the LightningModule.
             mesh: of the processes to shard over.
             blocks: parts to gather one after the other, such as residual blocks; the rest is gathered as a whole.
+            beside: trained parts outside of what runs in low precision; they compute in float32.
         """
         if any(isinstance(part, FSDPModule) for part in module.modules()):
             return
         roots = _low_precision_modules(module) or _children_with_parameters(module)
-        _refuse_trained_outside(module, roots)
+        _refuse_trained_outside(module, [*roots, *beside])
         islands = find_islands(module, self.fp32_modules, roots).values()
         own = [i for i in islands if any(True for _ in i.parameters()) and _holds(roots, i)]
         if own:
@@ -199,6 +208,8 @@ class DiffusionFSDPPrecision(DiffusionPrecision):
         for part in [*blocks, *roots]:
             if not isinstance(part, FSDPModule):
                 fully_shard(part, mesh=mesh, mp_policy=self.policy)
+        for part in beside:
+            fully_shard(part, mesh=mesh, mp_policy=self.float32_policy)
 
     def _check_strategy(self, module: nn.Module) -> None:
         strategy = _strategy(module)

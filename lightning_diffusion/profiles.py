@@ -9,6 +9,7 @@ Formulas hold for floats and tensors: whether a gradient scaler skipped a step i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -146,3 +147,10 @@ class HalfLife(Profile):
     def beta(self, t: Scalar, dt: Scalar) -> Scalar:
         halflife = _at_most(self.rampup * _at_least(t - dt, 1e-8), self.images)
         return 0.5 ** (dt / halflife)
+
+
+def profiles_by_name(decay: float | Profile | Mapping[str, Profile]) -> dict[str, Profile]:
+    """Profiles of averages by name: a decay or a single profile is `ema`."""
+    if isinstance(decay, Mapping):
+        return dict(decay)
+    return {"ema": decay if isinstance(decay, Profile) else FixedDecay(decay)}

@@ -111,3 +111,26 @@ def swapped_in(module: nn.Module, weights: Mapping[str, Tensor] | None) -> Itera
         yield
     finally:
         swap.put(None)
+
+
+class Swapping(nn.Module):
+    """A sharded network called with other values for its parameters, which are put in for every call.
+
+    Args:
+        network: sharded by FSDP2, which gathers its own parameters whatever stands in for them.
+        values: parameter name (as in the network's named_parameters) to tensor.
+    """
+
+    def __init__(self, network: nn.Module, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._network = [network]
+        own = dict(network.named_parameters())
+        self._values = {name: placed_like(value, own[name]) for name, value in values.items()}
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return self._network[0].parameters(recurse)
+
+    def forward(self, *args: Tensor, **condition: Tensor) -> Tensor:
+        with swapped_in(self._network[0], self._values):
+            output: Tensor = self._network[0](*args, **condition)
+        return output

@@ -35,6 +35,7 @@ from lightning_diffusion.commands.writing import refuse_existing, write_images
 from lightning_diffusion.io import (
     AtomicCheckpointIO,
     checkpoint_of,
+    folder_of,
     keep_earlier,
     load_checkpoint,
     new_run_folder,
@@ -84,7 +85,7 @@ class ResolvedConfig(SaveConfigCallback):
         if stage != "fit":
             return
         text = self.parser.dump(self.config, skip_none=False)
-        path = Path(trainer.log_dir or trainer.default_root_dir, "config.yaml")
+        path = folder_of(trainer) / "config.yaml"
         opening = f"# lightning-diffusion fit --config {path}\n"
         write_atomically(path, lambda file: file.write((opening + text).encode()))
         tell_loggers(trainer, path.parent, yaml.safe_load(text))
