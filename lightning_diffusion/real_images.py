@@ -151,7 +151,7 @@ def _some_of(size: int, number: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     few = size <= max(_LISTED, 4 * number)
     drawn = torch.arange(size) if few else torch.randint(size, (2 * number,), generator=generator)
-    candidates = torch.unique(drawn)
+    candidates: Tensor = torch.unique(drawn)
     return candidates[torch.randperm(len(candidates), generator=generator)[:number]].sort().values
 
 

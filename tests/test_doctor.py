@@ -251,7 +251,8 @@ class PlainAttention(nn.Module):
 
 def growth(net, lr, **parts):
     torch.manual_seed(0)
-    return attention_growth(patient(network=net(), optimizer=lambda p: torch.optim.AdamW(p, lr=lr), **parts))
+    one = patient(network=net(), optimizer=lambda p: torch.optim.AdamW(p, lr=lr), **parts)
+    return attention_growth(one, torch.device("cpu"))
 
 
 def test_attention_logits_grow_with_the_learning_rate_and_stay_without_one():

@@ -28,6 +28,10 @@ class DrawnData(NamedTuple):
         """The first samples."""
         return DrawnData(self.x0[:number], {name: part[:number] for name, part in self.condition.items()})
 
+    def to(self, device: torch.device) -> DrawnData:
+        """On another device."""
+        return DrawnData(self.x0.to(device), {name: part.to(device) for name, part in self.condition.items()})
+
 
 @torch.no_grad()
 def drawn(module: LightningModule, batches: list[Any], seed: int = 0) -> DrawnData:

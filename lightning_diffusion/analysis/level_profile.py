@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,47 +47,62 @@ class LevelProfile(NamedTuple):
         return float(np.median(norms))
 
 
-def level_profile(module: Any, data: DrawnData, seed: int = 0) -> LevelProfile:
-    """Of a DiffusionModule whose representation is measured, at even steps between the ends of its draws."""
-    objective, few = module.objective, data.first(_IMAGES)
+def level_profile(module: Any, data: DrawnData, seed: int = 0, most_images: int = _IMAGES) -> LevelProfile:
+    """Of a DiffusionModule whose representation is measured, at even steps between the ends of its draws.
+
+    Args:
+        module: on the device that is to compute; the profile itself is on the CPU.
+        data: anywhere.
+        seed: of the noise.
+        most_images: that the network is given at once.
+    """
+    data = data.first(_SAMPLES).to(next(module.parameters()).device)
+    objective, few = module.objective, data.first(min(_IMAGES, most_images))
     u = torch.tensor([0.999, 0.001], dtype=torch.float64)
     low, high = objective.density.quantile(u, objective.schedule).clamp(-20, 20).tolist()
     log_snr = torch.linspace(low, high, _LEVELS, dtype=torch.float64)
-    moments: list[tuple[float, float, float]] = []
+    moments: list[Tensor] = []
     gradients: list[tuple[float, float]] = []
     started = time.perf_counter()
     for number, one in enumerate(log_snr):
-        moments.append(_moments(module, data.first(_SAMPLES), one, RandomKey(seed, batch=number)))
+        moments.append(_moments(module, data, len(few.x0), one, RandomKey(seed, batch=number)).cpu())
         if not gradients or time.perf_counter() - started < _SECONDS:
-            gradients.append((float(one), gradient_norm(module, few, one, RandomKey(seed, batch=number))))
+            norm = gradient_norm(module, few, one, RandomKey(seed, batch=number))
+            gradients.append((float(one), float(norm)))
     measured, norms = torch.tensor(gradients, dtype=torch.float64).unbind(1)
     u = (torch.arange(_DRAWS, dtype=torch.float64) + 0.5) / _DRAWS
     drawn = objective.density.quantile(u, objective.schedule).clamp(-20, 20)
-    inputs, residuals, outputs = torch.tensor(moments).unbind(1)
+    inputs, residuals, outputs = torch.stack(moments).float().unbind(1)
     return LevelProfile(log_snr, inputs, residuals, outputs, measured, norms, drawn)
 
 
 @torch.no_grad()
-def _moments(module: Any, data: DrawnData, log_snr: Tensor, key: RandomKey) -> tuple[float, float, float]:
+def _moments(module: Any, data: DrawnData, number: int, log_snr: Tensor, key: RandomKey) -> Tensor:
+    """Root mean squares of input, residual and output, the network's of the first `number` samples, (3,)."""
     preconditioning, level = module.objective.preconditioning, _level(module, log_snr, data)
-    noise = torch.randn(data.x0.shape, generator=key.generator("examined noise"), dtype=data.x0.dtype)
+    noise = _noise(data, key)
     x = per_sample(preconditioning.c_in(level), data.x0) * level.diffuse(data.x0, noise)
     residual = preconditioning.residual(data.x0, noise, level)
-    few = data.first(_IMAGES)
-    output = module.network(x[:_IMAGES], preconditioning.c_noise(level)[: len(few.x0)], **few.condition)
-    return _rms(x), _rms(residual), _rms(output)
+    few = data.first(number)
+    output = module.network(x[:number], preconditioning.c_noise(level)[:number], **few.condition)
+    return torch.stack([_rms(part) for part in (x, residual, output)])
 
 
-def gradient_norm(module: Any, data: DrawnData, log_snr: Tensor, key: RandomKey) -> float:
-    """Of the loss as training weighs it, at one level, over all trained parameters."""
-    noise = torch.randn(data.x0.shape, generator=key.generator("examined noise"), dtype=data.x0.dtype)
-    level = _level(module, log_snr, data)
+def gradient_norm(module: Any, data: DrawnData, log_snr: Tensor, key: RandomKey) -> Tensor:
+    """Of the loss as training weighs it, at one level, over all trained parameters, float64, shape ()."""
+    level, noise = _level(module, log_snr, data), _noise(data, key)
     with torch.enable_grad():
         loss = module.objective.loss_at(module.network, data.x0, noise, level, data.condition).loss
         trained = [p for p in module.network.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)
     squares = [g.double().square().sum() for g in gradients if g is not None]
-    return math.sqrt(float(sum(squares, torch.zeros((), dtype=torch.float64))))
+    return sum(squares, torch.zeros((), dtype=torch.float64, device=data.x0.device)).sqrt()
+
+
+def _noise(data: DrawnData, key: RandomKey) -> Tensor:
+    """Drawn on the CPU, and so the same on every device."""
+    drawn = torch.randn(data.x0.shape, generator=key.generator("examined noise"), dtype=data.x0.dtype)
+    return drawn.to(data.x0.device)
 
 
 def _level(module: Any, log_snr: Tensor, data: DrawnData) -> NoiseLevel:
@@ -96,8 +110,8 @@ def _level(module: Any, log_snr: Tensor, data: DrawnData) -> NoiseLevel:
     return level.expand(len(data.x0))
 
 
-def _rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
+def _rms(x: Tensor) -> Tensor:
+    return x.double().square().mean().sqrt()
 
 
 class LargestLogit(TorchFunctionMode):
@@ -115,9 +129,9 @@ class LargestLogit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def attention_growth(patient: Patient) -> tuple[float, float, int] | None:
+def attention_growth(patient: Patient, device: torch.device) -> tuple[float, float, int] | None:
     """Largest logits at the start and after some steps of the run's own optimizer, and how many; None without any."""
-    module: Any = patient.prepared()
+    module: Any = patient.prepared().to(device)
     with _watched() as start:
         _step(module, patient, 0, None)
     if not start.largest:
@@ -141,11 +155,10 @@ def _watched() -> Iterator[LargestLogit]:
 
 def _step(module: Any, patient: Patient, number: int, optimizer: Any) -> None:
     data = patient.drawn
-    size = min(_IMAGES, len(data.x0))
+    size = min(_IMAGES, patient.batch_size, len(data.x0))
     start = number * size % max(1, len(data.x0) - size + 1)
-    part = DrawnData(
-        data.x0[start : start + size], {n: c[start : start + size] for n, c in data.condition.items()}
-    )
+    part = DrawnData(data.x0[start:], {n: c[start:] for n, c in data.condition.items()}).first(size)
+    part = part.to(next(module.parameters()).device)
     key = RandomKey(patient.seed, batch=number)
     level, noise = module.objective.draw(part.x0, key)
     loss = module.objective.loss_at(module.network, part.x0, noise, level, part.condition).loss

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_diffusion.analysis.drawn_data import DrawnData
 from lightning_diffusion.analysis.patient import Patient
 from lightning_diffusion.noise_level import per_sample
 from lightning_diffusion.resume import RandomKey
@@ -61,11 +60,6 @@ def kind_of(patient: Patient) -> Kind:
     """As the Trainer is told; float16 counts as bfloat16, which costs the same."""
     low = patient.trainer.precision in ("bf16-mixed", "16-mixed", "bf16-true", "16-true")
     return Kind("bf16", "bf16-mixed") if low else Kind("fp32")
-
-
-def device_here() -> str:
-    """Where steps are timed."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def loading_time(patient: Patient) -> float:
@@ -126,8 +120,8 @@ def _step_time(patient: Patient, kind: Kind) -> float | None:
 
 
 def _network_time(patient: Patient, kind: Kind) -> float:
-    device, module = device_here(), _made(patient, kind)
-    data = _on(patient.drawn.first(patient.batch_size), device)
+    device, module = patient.trainer.device, _made(patient, kind)
+    data = patient.drawn.first(patient.batch_size).to(device)
     level, noise = module.objective.draw(data.x0, RandomKey(patient.seed))
     preconditioning = module.objective.preconditioning
     x = per_sample(preconditioning.c_in(level), data.x0) * level.diffuse(data.x0, noise)
@@ -143,9 +137,9 @@ def _network_time(patient: Patient, kind: Kind) -> float:
 
 
 def _prepared(patient: Patient, kind: Kind) -> Callable[[int], None]:
-    device, module = device_here(), _made(patient, kind)
+    device, module = patient.trainer.device, _made(patient, kind)
     optimizer = module.optimizer([p for p in module.parameters() if p.requires_grad])
-    drawn, numbers = _on(patient.drawn.first(patient.batch_size), device), iter(range(10**9))
+    drawn, numbers = patient.drawn.first(patient.batch_size).to(device), iter(range(10**9))
 
     def step(size: int) -> None:
         data, key = drawn.first(size), RandomKey(patient.seed, batch=next(numbers))
@@ -159,7 +153,7 @@ def _prepared(patient: Patient, kind: Kind) -> Callable[[int], None]:
 
 
 def _made(patient: Patient, kind: Kind) -> Any:
-    module: Any = copy.deepcopy(patient.prepared()).to(device_here())
+    module: Any = copy.deepcopy(patient.prepared()).to(patient.trainer.device)
     if kind.channels_last:
         module.network.to(memory_format=torch.channels_last)
     if kind.compiled:
@@ -167,12 +161,8 @@ def _made(patient: Patient, kind: Kind) -> Any:
     return module
 
 
-def _autocast(kind: Kind, device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, torch.bfloat16) if kind.precision == "bf16-mixed" else nullcontext()
-
-
-def _on(data: DrawnData, device: str) -> DrawnData:
-    return DrawnData(data.x0.to(device), {name: part.to(device) for name, part in data.condition.items()})
+def _autocast(kind: Kind, device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16) if kind.precision == "bf16-mixed" else nullcontext()
 
 
 def _least(run: Callable[[], None]) -> float:

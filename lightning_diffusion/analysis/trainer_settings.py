@@ -41,6 +41,7 @@ class TrainerSettings:
             "max_epochs": trainer.max_epochs,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "gradient_clip_val": trainer.gradient_clip_val,
+            "accelerator": trainer.accelerator,
             "devices": trainer.world_size,
             "strategy": trainer.strategy,
             "precision": trainer.precision,
@@ -67,6 +68,14 @@ class TrainerSettings:
     def accumulate(self) -> int:
         """Micro-batches per optimizer step."""
         return int(self.arguments.get("accumulate_grad_batches") or 1)
+
+    @property
+    def device(self) -> torch.device:
+        """That kind which the Trainer would take, if this machine has one; else the CPU."""
+        given = self.arguments.get("accelerator") or "auto"
+        name = given if isinstance(given, str) else type(given).__name__.removesuffix("Accelerator").lower()
+        wants_gpu = name in ("auto", "gpu", "cuda")
+        return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
 
     @property
     def devices(self) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from lightning_diffusion.analysis.conditioning_charts import conditioning_chart
 from lightning_diffusion.analysis.findings import Examination, Finding, Picture, Section, Severity, Table
 from lightning_diffusion.analysis.level_profile import LevelProfile, attention_growth, level_profile
@@ -15,6 +17,7 @@ _UNEVEN, _BADLY = 2.5, 10.0  # factors between deviations and 1
 _GRADIENTS = 100
 _LOUD = 1.5  # output over residual, deviations
 _SHARP, _GROWTH = 50.0, 3.0
+_EVERY = 2  # of the levels, in the table
 
 
 class ConditioningExamination(Examination):
@@ -25,13 +28,23 @@ class ConditioningExamination(Examination):
     def __call__(self, patient: Patient) -> Section:
         if getattr(patient.module, "objective", None) is None:
             return Section(self.name)
-        profile = level_profile(patient.prepared(), patient.drawn, patient.seed)
+        device = patient.trainer.device
+        try:
+            profile, grown = _measured(patient, device)
+        except torch.OutOfMemoryError:  # the run's own precision may need less
+            profile, grown = _measured(patient, torch.device("cpu"))
         found = [*_deviations(profile, patient), *_gradients(profile), *_output(profile)]
-        grown = attention_growth(patient)
         if grown is not None:
             found += _attention(*grown)
         chart = Picture("Conditioning by noise level", lambda dark: conditioning_chart(profile))
-        return Section(self.name, tuple(found), (_table(profile, grown),), (chart,))
+        return Section(self.name, tuple(found), (_table(profile, grown), _levels(profile)), (chart,))
+
+
+def _measured(patient: Patient, device: torch.device) -> tuple[LevelProfile, tuple[float, float, int] | None]:
+    """In float32, the network and what it is given on this device."""
+    module = patient.prepared().to(device)
+    profile = level_profile(module, patient.drawn, patient.seed, patient.batch_size)
+    return profile, attention_growth(patient, device)
 
 
 def _deviations(profile: LevelProfile, patient: Patient) -> Iterator[Finding]:
@@ -100,6 +113,22 @@ def _table(profile: LevelProfile, grown: Any) -> Table:
             ("largest attention logit", f"{grown[0]:.3g} at the start, {grown[1]:.3g} after {grown[2]} steps")
         )
     return Table("Over the drawn levels", ("", ""), tuple(rows))
+
+
+def _levels(profile: LevelProfile) -> Table:
+    """Every second level, from noise to clean images."""
+    norms = dict(zip(profile.measured.tolist(), profile.gradients.tolist(), strict=True))
+    columns = (profile.log_snr.tolist(), profile.inputs, profile.residuals, profile.outputs)
+    rows = tuple(
+        (
+            f"{level:.1f}",
+            *(f"{float(x):.3g}" for x in others),
+            f"{norms[level]:.3g}" if level in norms else "",
+        )
+        for level, *others in list(zip(*columns, strict=True))[::_EVERY]
+    )
+    header = ("log-SNR", "input", "target", "output", "parameters' gradient norm")
+    return Table("Deviations, and gradient norms as training weighs levels", header, rows)
 
 
 def _skipped(profile: LevelProfile) -> str:

@@ -35,7 +35,7 @@ class PrecisionExamination(Examination):
         clipping = [copy.deepcopy(c) for c in patient.trainer.callbacks if isinstance(c, GradientCallback)]
         steps = min(STEPS, patient.steps)
         report = audited(patient.prepared(), patient.data, patient.trainer, steps, clipping)
-        hardware = hardware_of("cuda" if torch.cuda.is_available() else "cpu")
+        hardware = hardware_of(patient.trainer.device.type)
         advice = recommended_precision(hardware)
         closest = _closest(report)
         tables = (_formats(report, hardware, advice), *([closest] if closest.rows else []))

@@ -9,7 +9,6 @@ from lightning_diffusion.analysis.patient import Patient
 from lightning_diffusion.analysis.step_times import (
     Kind,
     StepTimes,
-    device_here,
     kind_of,
     kinds,
     loading_time,
@@ -32,12 +31,12 @@ class TimeExamination(Examination):
     def __call__(self, patient: Patient) -> Section:
         if getattr(patient.module, "objective", None) is None:
             return Section(self.name)
-        measured = {kind: step_time(patient, kind) for kind in kinds(device_here())}
+        measured = {kind: step_time(patient, kind) for kind in kinds(patient.trainer.device.type)}
         own = kind_of(patient)
         ran = Kind("fp32") if measured[own] is None else own
         seconds = measured[ran]
         if seconds is None:
-            return Section(self.name, (_SLOW,), (_compared(measured, own),))
+            return Section(self.name, (_slow(patient),), (_compared(measured, own),))
         network = network_time(patient, ran)
         times = StepTimes(seconds, network and min(network, seconds), loading_time(patient), workers(patient))
         found = [
@@ -49,12 +48,9 @@ class TimeExamination(Examination):
         return Section(self.name, tuple(found), (_parts(patient, times), _compared(measured, own)))
 
 
-_SLOW = Finding(
-    "slow",
-    Severity.NOTE,
-    "Steps take longer than the doctor waits for, or fail: nothing was timed.",
-    f"on this machine's {device_here()}",
-)
+def _slow(patient: Patient) -> Finding:
+    title = "Steps take longer than the doctor waits for, or fail: nothing was timed."
+    return Finding("slow", Severity.NOTE, title, f"on this machine's {patient.trainer.device.type}")
 
 
 def _hours(patient: Patient, times: StepTimes) -> Iterator[Finding]:
@@ -62,8 +58,8 @@ def _hours(patient: Patient, times: StepTimes) -> Iterator[Finding]:
     if total is None:
         return
     evidence = (
-        f"{total} steps of {_ms(_whole(patient, times))} on this machine's {device_here()}, without validation and "
-        "pictures"
+        f"{total} steps of {_ms(_whole(patient, times))} on this machine's {patient.trainer.device.type}, without "
+        "validation and pictures"
     )
     title = f"The training takes {_duration(total * _whole(patient, times))}."
     yield Finding("hours", Severity.NOTE, title, evidence)
@@ -117,7 +113,9 @@ def _parts(patient: Patient, times: StepTimes) -> Table:
         *((what, _ms(seconds), f"{seconds / whole:.0%}") for what, seconds in _within(times)),
         ("together", _ms(whole), f"{per_second:.0f} images/s"),
     )
-    return Table(f"A micro-batch of {patient.batch_size} on {device_here()}", ("", "time", "share"), rows)
+    return Table(
+        f"A micro-batch of {patient.batch_size} on {patient.trainer.device.type}", ("", "time", "share"), rows
+    )
 
 
 def _within(times: StepTimes) -> tuple[tuple[str, float], ...]:
