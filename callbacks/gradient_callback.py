@@ -23,6 +23,10 @@ class GradientCallback(Callback):
     optimizer by itself, in automatic and in manual optimization.
     """
 
+    looks_at_units = False
+    """Whether it asks for norms of units, so that all others are made of them."""
+
+    _by_unit = False
     _had_backward = False
     _acted = False
     _handles: tuple[RemovableHandle, ...] = ()
@@ -42,6 +46,8 @@ class GradientCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_watching()
+        every: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._by_unit = any(c.looks_at_units for c in every if isinstance(c, GradientCallback))
         if not pl_module.automatic_optimization:
             self._handles = tuple(o.register_step_post_hook(self._after_step) for o in trainer.optimizers)
 
@@ -61,7 +67,7 @@ class GradientCallback(Callback):
         scaler = scaler_of(trainer)
         if scaler is not None and pl_module.automatic_optimization and not self._had_backward:
             return  # training_step returned None: the scaler will neither step nor update
-        gradients = step_gradients(optimizer, trainer.global_step, scaler)
+        gradients = step_gradients(optimizer, trainer.global_step, scaler, self._by_unit)
         if len(gradients):
             self.on_gradients(trainer, pl_module, optimizer, gradients)
 

@@ -43,6 +43,7 @@ class GradientClipping(GradientCallback):
         log_layers: bool = False,
     ) -> None:
         self.rule, self.exclude, self.log_layers = rule, tuple(exclude or ()), log_layers
+        self.looks_at_units = rule.looks_at_units
         self._spares = rule.relative
         self._module: LightningModule | None = None
         self._delicate: list[str] | None = None

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from lightning_diffusion.norms import Gradients as Gradients
-from lightning_diffusion.norms import largest_magnitudes, tensor_norms, unit_norms, vectors_first
-from lightning_diffusion.scaling import scale_, scale_each_, scale_units_, where_over_
+from lightning_diffusion.norms import largest_magnitudes, tensor_norms
+from lightning_diffusion.scaling import where_over_
 
 SMALLEST_NORM = 1e-6  # below it a gradient is taken as this long, Brock et al. 2021 and torch.nn.utils
 
@@ -39,13 +39,16 @@ class ClippingRule(ABC):
         if not len(gradients):
             return torch.zeros(())
         with torch.no_grad():
-            share = self.clip_(gradients)
-        gradients.forget()
-        return share
+            return self.clip_(gradients)
+
+    @property
+    def looks_at_units(self) -> bool:
+        """Whether it asks for units' norms, so that all others are better made of them."""
+        return False
 
     @abstractmethod
     def clip_(self, gradients: Gradients) -> Tensor:
-        """Clip at least one gradient; the share () that was over its bound."""
+        """Clip at least one gradient by methods of `Gradients`; the share () that was over its bound."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class GlobalNorm(ClippingRule):
 
     def clip_(self, gradients: Gradients) -> Tensor:
         factor = _limit(self.max_norm, gradients.norm)
-        scale_(gradients.tensors, factor)
+        gradients.scale_(factor)
         return (factor < 1).float()
 
 
@@ -94,7 +97,7 @@ class ParameterNorm(ClippingRule):
 
     def clip_(self, gradients: Gradients) -> Tensor:
         factors = _limit(self.max_norm, torch.stack(gradients.norms))
-        scale_each_(gradients.tensors, factors)
+        gradients.scale_each_(factors)
         return _share(factors)
 
 
@@ -107,10 +110,13 @@ class UnitNorm(ClippingRule):
     def __post_init__(self) -> None:
         _check_above_zero(self, max_norm=self.max_norm)
 
+    @property
+    def looks_at_units(self) -> bool:
+        return True
+
     def clip_(self, gradients: Gradients) -> Tensor:
-        (norms,) = unit_norms(gradients.whole)
-        factors = _limit(self.max_norm, norms)
-        scale_units_(vectors_first(gradients.tensors), factors)
+        factors = _limit(self.max_norm, gradients.unit_norms)
+        gradients.scale_units_(factors)
         return _share(factors)
 
 
@@ -129,6 +135,7 @@ class Value(ClippingRule):
             return torch.zeros(())
         over = (largest_magnitudes(tensors) <= self.limit).logical_not()
         where_over_(tensors, over, lambda g: g.clamp_(-self.limit, self.limit))
+        gradients.forget()
         return over.float().mean()
 
 
@@ -152,20 +159,24 @@ class Adaptive(ClippingRule):
     def __post_init__(self) -> None:
         _check_above_zero(self, clip_factor=self.clip_factor, eps=self.eps)
 
+    @property
+    def looks_at_units(self) -> bool:
+        return self.by_unit
+
     def clip_(self, gradients: Gradients) -> Tensor:
-        w, g = self._norms(gradients)
+        g, w = self._norms(gradients)
         limit = w.clamp(min=self.eps).mul_(self.clip_factor)
         factors = torch.where(g < limit, 1.0, limit / g.clamp(min=SMALLEST_NORM))
         if self.by_unit:
-            scale_units_(vectors_first(gradients.tensors), factors)
+            gradients.scale_units_(factors)
         else:
-            scale_each_(gradients.tensors, factors)
+            gradients.scale_each_(factors)
         return _share(factors)
 
     def _norms(self, gradients: Gradients) -> Sequence[Tensor]:
         if self.by_unit:
-            return unit_norms(gradients.parameters, gradients.whole)
-        return torch.stack(tensor_norms([*gradients.parameters, *gradients.whole])).chunk(2)
+            return gradients.unit_norms_and_weights()
+        return torch.stack(tensor_norms([*gradients.whole, *gradients.parameters])).chunk(2)
 
 
 @dataclass(frozen=True)
@@ -182,7 +193,7 @@ class Normalise(ClippingRule):
 
     def clip_(self, gradients: Gradients) -> Tensor:
         norm = gradients.norm
-        scale_(gradients.tensors, torch.where(norm == 0, 1.0, self.norm / norm))
+        gradients.scale_(torch.where(norm == 0, 1.0, self.norm / norm))
         return (norm > self.norm).float()
 
 
@@ -206,8 +217,10 @@ def sanitize_(gradients: Gradients, nan: float = 0.0, posinf: float = 1e5, negin
         return torch.zeros(())
     broken = torch.stack(gradients.norms).isfinite().logical_not()
     counts = where_over_(gradients.tensors, broken, lambda g: _make_finite_(g, nan, posinf, neginf))
+    if not counts:
+        return torch.zeros((), device=broken.device)
     gradients.forget()
-    return torch.stack(counts).sum() if counts else torch.zeros((), device=broken.device)
+    return torch.stack(counts).sum()
 
 
 def _make_finite_(g: Tensor, nan: float, posinf: float, neginf: float) -> Tensor:

@@ -9,6 +9,7 @@ none where units are not divided. Nothing here waits for the device.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
+from lightning_diffusion import scaling
 from lightning_diffusion.averaging import local
 
 AXES = [tuple(range(1, ndim)) for ndim in range(16)]  # of one unit
@@ -51,6 +53,14 @@ def total_norm(norms: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def norms_of_parts(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Norm of each of the consecutive parts of a vector, shape (len(lengths),)."""
+    if not scaling.readable(x) or x.is_complex():
+        return torch.stack(torch._foreach_norm(x.split_with_sizes(list(lengths)), 2, dtype=_norm_type([x])))
+    sums = torch.segment_reduce(x.double().square(), "sum", lengths=torch.tensor(lengths), initial=0)
+    return sums.sqrt().to(_norm_type([x]))
+
+
 def largest_magnitudes(tensors: Sequence[Tensor]) -> Tensor:
     """Largest absolute value in every tensor's local shard, shape (len(tensors),)."""
     return torch.stack(torch._foreach_norm(list(tensors), torch.inf))
@@ -59,19 +69,23 @@ def largest_magnitudes(tensors: Sequence[Tensor]) -> Tensor:
 class Gradients:
     """The gradients of some parameters; their norms are computed once, for all that ask.
 
-    Whoever changes gradients in place has to call `forget`; the rules here do.
+    Whoever changes gradients in place has to call `forget`, or to do it by `scale_`, `scale_each_` and `scale_units_`.
 
     Args:
         groups: parameters by optimizer group; those that have no gradient are left out.
+        by_unit: units' norms will be asked for, so all others are made of them and nothing is read twice.
 
     Raises:
         ValueError: a gradient is sparse.
     """
 
-    def __init__(self, groups: Iterable[Iterable[Tensor]]) -> None:
+    def __init__(self, groups: Iterable[Iterable[Tensor]], by_unit: bool = False) -> None:
         self.groups = [[p for p in group if _has_gradient(p)] for group in groups]
         self.parameters = [p for group in self.groups for p in group]
+        self.sharded = any(isinstance(p.grad, DTensor) for p in self.parameters)
+        self.by_unit = by_unit and not self.sharded
         self._norms: dict[int, Tensor] = {}
+        self._units: dict[int, Tensor] = {}
         self._totals: dict[tuple[int, ...], Tensor] = {}
 
     def __len__(self) -> int:
@@ -80,7 +94,7 @@ class Gradients:
     @property
     def tensors(self) -> list[Tensor]:
         """The gradients, this process's shards."""
-        return [local(g) for g in self.whole]
+        return [local(g) for g in self.whole] if self.sharded else self.whole
 
     @property
     def whole(self) -> list[Tensor]:
@@ -92,7 +106,7 @@ class Gradients:
         """Norm () of each parameter's gradient, over all shards."""
         unknown = [p for p in self.parameters if id(p) not in self._norms]
         if unknown:
-            fresh = tensor_norms([p.grad for p in unknown if p.grad is not None])
+            fresh = self._of_units(unknown) if self.by_unit else tensor_norms(_gradients(unknown))
             self._norms.update((id(p), norm) for p, norm in zip(unknown, fresh, strict=True))
         return [self._norms[id(p)] for p in self.parameters]
 
@@ -103,6 +117,20 @@ class Gradients:
         if key not in self._totals:
             self._totals[key] = total_norm(self.norms)
         return self._totals[key]
+
+    @property
+    def unit_norms(self) -> Tensor:
+        """Norm of every unit of this process's shards, shape (units,), in the order of `vectors_first`."""
+        if not self.by_unit:
+            return unit_norms(self.whole)[0]
+        self._learn_units(self.parameters)
+        return torch.cat([self._units[id(p)] for p in vectors_first(self.parameters)])
+
+    def unit_norms_and_weights(self) -> Sequence[Tensor]:
+        """`unit_norms`, and the norms of the parameters' units; of shards in one reduction."""
+        if self.sharded:
+            return unit_norms(self.whole, self.parameters)
+        return self.unit_norms, unit_norms(self.parameters)[0]
 
     @property
     def shards(self) -> int:
@@ -123,15 +151,61 @@ class Gradients:
             return self
         return self._sharing([[p for p in group if id(p) not in parameters] for group in self.groups])
 
-    def _sharing(self, groups: Sequence[Sequence[Tensor]]) -> Gradients:
-        part = Gradients(groups)
-        part._norms, part._totals = self._norms, self._totals
-        return part
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply all by one factor ()."""
+        if scaling.scale_(self.tensors, factor):
+            self.forget()
+
+    def scale_each_(self, factors: Tensor) -> None:
+        """Multiply each by its own factor, shape (len(self),)."""
+        scaling.scale_each_(self.tensors, factors)
+        self.forget()
+
+    def scale_units_(self, factors: Tensor) -> None:
+        """Multiply each unit by its own factor, shape (units,), in the order of `unit_norms`."""
+        scaling.scale_units_(vectors_first(self.tensors), factors)
+        norms = self.unit_norms * factors if self.by_unit and scaling.readable(factors) else None
+        self.forget()
+        if (
+            norms is not None and norms.isfinite().all()
+        ):  # a norm that overflowed tells nothing of what is left
+            self._remember_units(self.parameters, norms)
 
     def forget(self) -> None:
-        """Compute norms anew when they are next asked for."""
-        self._norms.clear()
+        """These have changed: compute their norms anew when they are next asked for."""
+        for known in (self._norms, self._units):
+            for p in self.parameters if known else ():
+                known.pop(id(p), None)
         self._totals.clear()
+
+    def _of_units(self, parameters: Sequence[Tensor]) -> Iterable[Tensor]:
+        self._learn_units(parameters)
+        units = [self._units[id(p)] for p in parameters]
+        return norms_of_parts(torch.cat(units), [norms.numel() for norms in units]).unbind()
+
+    def _learn_units(self, parameters: Sequence[Tensor]) -> None:
+        unknown = [p for p in parameters if id(p) not in self._units]
+        if unknown:
+            self._remember_units(unknown, unit_norms(_gradients(unknown))[0])
+
+    def _remember_units(self, parameters: Sequence[Tensor], norms: Tensor) -> None:
+        ordered = vectors_first(parameters)
+        parts = norms.split_with_sizes([units_in(p) for p in ordered])
+        self._units.update((id(p), part) for p, part in zip(ordered, parts, strict=True))
+
+    def _sharing(self, groups: list[list[Tensor]]) -> Gradients:
+        part = copy.copy(self)
+        part.groups, part.parameters = groups, [p for group in groups for p in group]
+        return part
+
+
+def units_in(x: Tensor) -> int:
+    """How many units a tensor has."""
+    return x.shape[0] if x.ndim > 1 else 1
+
+
+def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 def _has_gradient(p: Tensor) -> bool:
@@ -161,9 +235,15 @@ def _norm_type(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def _unit_norms(ordered: Sequence[Tensor]) -> list[Tensor]:
-    vectors = _local_norms([x for x in ordered if x.ndim < 2])
-    together = [torch.stack(vectors)] if vectors else []
+    vectors = [x if x.ndim else x.view(1) for x in ordered if x.ndim < 2]
+    together = [_vector_norms(vectors)] if vectors else []
     return together + [_row_norms(x) for x in ordered if x.ndim > 1]
+
+
+def _vector_norms(vectors: list[Tensor]) -> Tensor:
+    if scaling.readable(vectors[0]):  # there one small kernel for each costs more than a copy
+        return norms_of_parts(torch.cat(vectors), [x.numel() for x in vectors])
+    return torch.stack(_local_norms(vectors))
 
 
 def _unit_norms_of_shards(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -6,7 +6,9 @@ accelerator reading would wait for it, so everything is multiplied, by 1 where t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -21,10 +23,12 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """All by one factor ()."""
-    if not readable(factor) or factor.item() != 1:
+def scale_(tensors: Sequence[Tensor], factor: Tensor) -> bool:
+    """All by one factor (); whether anything was touched."""
+    needed = not readable(factor) or factor.item() != 1
+    if needed:
         torch._foreach_mul_(list(tensors), factor)
+    return needed
 
 
 def scale_each_(tensors: Sequence[Tensor], factors: Tensor) -> None:
@@ -51,7 +55,7 @@ def scale_units_(tensors: Sequence[Tensor], factors: Tensor) -> None:
         tensors: in the order in which their units have their factors.
         factors: of all units one after another.
     """
-    sizes = [len(x) if x.ndim > 1 else 1 for x in tensors]
+    sizes = [x.shape[0] if x.ndim > 1 else 1 for x in tensors]
     units = factors.ne(1).nonzero().flatten() if readable(factors) else None
     if units is None or len(units) * FEW > len(factors):
         parts = zip(factors.split_with_sizes(sizes), tensors, strict=True)
@@ -61,18 +65,33 @@ def scale_units_(tensors: Sequence[Tensor], factors: Tensor) -> None:
 
 
 def _scale_chosen_(tensors: Sequence[Tensor], factors: Tensor, sizes: Sequence[int], units: Tensor) -> None:
-    ends = torch.tensor([0, *accumulate(sizes)])
-    tensor_of = torch.bucketize(units, ends[1:], right=True)
+    ends = list(accumulate(sizes))
+    tensor_of = torch.bucketize(units, torch.tensor(ends), right=True)
     counts = tensor_of.bincount(minlength=len(sizes)).tolist()
-    rows = (units - ends[tensor_of]).split_with_sizes(counts)
-    own = factors[units].split_with_sizes(counts)
-    whole = factors.split_with_sizes(list(sizes))
-    for i in (i for i, count in enumerate(counts) if count):
+    starts = torch.tensor([0, *ends])
+    chosen = [i for i, count in enumerate(counts) if count]
+    each = [counts[i] for i in chosen]
+    rows = (units - starts[tensor_of]).split_with_sizes(each)
+    own = factors[units].split_with_sizes(each)
+    for i, its_rows, its_factors in zip(chosen, rows, own, strict=True):
         x = tensors[i]
-        if x.numel() * (1 - FEW * counts[i] / sizes[i]) < PICKING:
-            x.mul_(_against(whole[i], x))
+        if x.dtype == factors.dtype and x.numel() * (1 - FEW * counts[i] / sizes[i]) > PICKING:
+            _scale_rows_(x, its_rows, its_factors)
         else:
-            x.index_copy_(0, rows[i], x.index_select(0, rows[i]).mul_(_against(own[i], x)))
+            x.mul_(_against(factors[ends[i] - sizes[i] : ends[i]], x))
+
+
+def _scale_rows_(x: Tensor, rows: Tensor, factors: Tensor) -> None:
+    _hear_of_beta()
+    x.index_reduce_(0, rows, _against(factors, x).expand(-1, *x.shape[1:]), "prod")
+
+
+@cache
+def _hear_of_beta() -> None:
+    """torch says once that index_reduce_ is in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.ones(1).index_reduce_(0, torch.zeros(1, dtype=torch.long), torch.ones(1), "prod")
 
 
 def _against(factors: Tensor, x: Tensor) -> Tensor:

@@ -17,18 +17,19 @@ from lightning_diffusion.norms import Gradients
 _SHARED: WeakKeyDictionary[Optimizer, tuple[int, Gradients]] = WeakKeyDictionary()
 
 
-def step_gradients(optimizer: Optimizer, step: int, scaler: Any = None) -> Gradients:
+def step_gradients(optimizer: Optimizer, step: int, scaler: Any = None, by_unit: bool = False) -> Gradients:
     """Unscaled gradients of the optimizer's next step, the same object for all that ask in this step.
 
     Args:
         optimizer: between backward and its step.
         step: a number that no other step of this optimizer has.
         scaler: a torch.amp.GradScaler, None where gradients are not scaled.
+        by_unit: whether one of those who ask needs norms of units.
     """
     known = _SHARED.get(optimizer)
     if known is not None and known[0] == step:
         return known[1]
-    gradients = Gradients(group["params"] for group in optimizer.param_groups)
+    gradients = Gradients((group["params"] for group in optimizer.param_groups), by_unit)
     if scaler is not None and len(gradients):
         unscale_(scaler, optimizer)
     _SHARED[optimizer] = step, gradients

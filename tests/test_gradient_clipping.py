@@ -20,10 +20,11 @@ from lightning_diffusion.callbacks import (
     GradientClipping,
     GradientSanitizer,
     LossScaleMonitor,
+    SpikeGuard,
 )
 from lightning_diffusion.cli import main
 from lightning_diffusion.gradients import Gradients
-from lightning_diffusion.norms import tensor_norms
+from lightning_diffusion.norms import tensor_norms, unit_norms
 
 
 def test_it_equals_the_clipping_of_lightning():
@@ -193,6 +194,17 @@ def test_all_callbacks_share_one_norm(monkeypatch):
     every = [LossScaleMonitor(), GradientSanitizer(), GradientClipping(log_layers=True)]
     fit(Adam(fused=True), *every, plugins=[float16()], log_every_n_steps=1)
     assert asked == [7] * 8
+
+
+def test_all_callbacks_read_gradients_once_where_one_of_them_looks_at_units(monkeypatch):
+    read = []
+    monkeypatch.setattr(norms, "unit_norms", lambda *x: read.extend(map(len, x)) or unit_norms(*x))
+    monkeypatch.setattr(norms, "tensor_norms", lambda x: read.append(0) or tensor_norms(x))
+    after, loose = Watch(), GradientClipping(ld.GlobalNorm(1e9), log_layers=True)
+    adaptive = AdaptiveGradientClipping(1e-3, spare=False)
+    fit(Adam(), SpikeGuard(), GradientSanitizer(), adaptive, loose, after, max_steps=3)
+    assert read == [7, 7] * 3  # gradients, weights
+    assert len(after.norms) == 3
 
 
 YAML = """\
