@@ -54,6 +54,19 @@ class Run:
         return {8: 16, 32: 8}[self.images]
 
 
+@dataclass(frozen=True)
+class LongRun(Run):
+    """Long enough, at a usual rate, to see what the options are worth where nothing diverges."""
+
+    @property
+    def steps(self) -> int:
+        return 600
+
+    @property
+    def batch(self) -> int:
+        return 32
+
+
 class FreeWeight(UnitWeight):
     """Without weight normalisation: neither forced nor in the graph."""
 
