@@ -6,6 +6,7 @@ if __name__ != "lightning_diffusion.callbacks":
         "uninstalled checkout, lightning_diffusion/callbacks must be a symbolic link, not a text file."
     )
 
+from lightning_diffusion.callbacks.activation_checkpointing import ActivationCheckpointing
 from lightning_diffusion.callbacks.ema import EMA
 from lightning_diffusion.callbacks.generative_metrics import GenerativeMetrics
 from lightning_diffusion.callbacks.gradient_clipping import AdaptiveGradientClipping, GradientClipping
@@ -23,6 +24,7 @@ from lightning_diffusion.callbacks.spike_guard import SpikeGuard
 
 __all__ = [
     "EMA",
+    "ActivationCheckpointing",
     "AdaptiveGradientClipping",
     "GenerativeMetrics",
     "GradientClipping",

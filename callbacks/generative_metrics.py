@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from lightning_diffusion.generative import (
     Draws,
     ReadyExtractor,
     RealFeatures,
-    Share,
     default_weights,
     diverged,
     drawn_features,
@@ -34,6 +32,7 @@ from lightning_diffusion.generative import (
 )
 from lightning_diffusion.guidance import Guidance
 from lightning_diffusion.real_images import FEWEST, RealImages
+from lightning_diffusion.sharing import share_of
 
 _QUICK = 16
 _WITHOUT_CONTEXT = (
@@ -183,7 +182,7 @@ class GenerativeMetrics(Callback):
                 draws,
                 self._ready,
                 self._labels,
-                Share(trainer.global_rank, trainer.world_size, _gathering(trainer)),
+                share_of(trainer),
                 shown=_shows_bars(trainer),
             )
         if self._real is None:
@@ -210,12 +209,6 @@ def _quick(draws: Draws) -> Draws:
 
 def _random_numbers_kept(pl_module: LightningModule) -> Any:
     return torch.random.fork_rng([pl_module.device] if pl_module.device.type == "cuda" else [])
-
-
-def _gathering(trainer: Trainer) -> Callable[[Tensor], Tensor]:
-    if trainer.world_size == 1:
-        return lambda x: x[None]
-    return lambda x: trainer.strategy.all_gather(x.to(trainer.strategy.root_device))
 
 
 def _shows_bars(trainer: Trainer) -> bool:

@@ -13,8 +13,10 @@ from lightning_diffusion.batches import LABEL
 from lightning_diffusion.callbacks.held_out import held_out_loaders
 from lightning_diffusion.callbacks.pictures import show
 from lightning_diffusion.contexts import first_conditions, refuse_context, takes_context
+from lightning_diffusion.drawing import Drawing
 from lightning_diffusion.guidance import Guidance
 from lightning_diffusion.plots import image_grid
+from lightning_diffusion.sharing import share_of
 
 _WITHOUT_CONTEXT = (
     "Give the run validation data whose batches have one, which pictures then show, or leave SampleGrid out."
@@ -83,17 +85,19 @@ class SampleGrid(Callback):
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._drawn_at = trainer.global_step
-        images = self._sample(pl_module)
+        images = self._sample(trainer, pl_module)
         if trainer.is_global_zero:
             self._show(trainer, images)
 
-    def _sample(self, pl_module: Any) -> Tensor:
+    def _sample(self, trainer: Trainer, pl_module: Any) -> Tensor:
+        """By all processes together, where the module can; of others each draws everything."""
         weights = self.weights or ("ema" if getattr(pl_module, "averages", None) else "online")
         condition = self._condition or self._classes(pl_module)
         number = len(next(iter(condition.values()))) if condition else self.rows * self.columns
         with torch.random.fork_rng([pl_module.device] if pl_module.device.type == "cuda" else []):
-            guided = {} if self.guidance is None else {"guidance": self.guidance}
-            images: Tensor = pl_module.sample(number, condition, weights=weights, seed=self.seed, **guided)
+            options: dict[str, Any] = {} if self.guidance is None else {"guidance": self.guidance}
+            options |= {"share": share_of(trainer)} if isinstance(pl_module, Drawing) else {}
+            images: Tensor = pl_module.sample(number, condition, weights=weights, seed=self.seed, **options)
         return images
 
     def _classes(self, pl_module: Any) -> dict[str, Tensor] | None:

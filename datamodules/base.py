@@ -137,8 +137,11 @@ class ResumableDataModule(LightningDataModule):
                 "batch over all processes: lower batch_size."
             )
         sampler = self.sampler_class(data, *self.ranks())
-        sampler.start_at(self._place.epoch, self._place.done * self.batch_size)
+        self._start(sampler)
         return self._loader(data, sampler=sampler, drop_last=True)
+
+    def _start(self, sampler: ResumableSampler) -> None:
+        sampler.start_at(self._place.epoch, self._place.done * self.batch_size)
 
     def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
         data = self.held_out_data()
@@ -185,6 +188,9 @@ class ResumableDataModule(LightningDataModule):
         saved = Place(state_dict["epoch"], state_dict["batches"])
         place = self._in_own_batches(saved, state_dict["global_batch"])
         self._place = place._replace(done=place.done - place.done % trainer.accumulate_grad_batches)
+        loader = trainer.train_dataloader
+        if isinstance(loader, ResumableLoader) and isinstance(loader.sampler, ResumableSampler):
+            self._start(loader.sampler)  # strategies that shard load after the loader was made
         put_(trainer._checkpoint_connector._loaded_checkpoint["loops"]["fit_loop"], self._place)
 
     def _in_own_batches(self, place: Place, old_batch: int) -> Place:

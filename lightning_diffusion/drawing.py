@@ -19,6 +19,7 @@ from lightning_diffusion.objective import Condition, DiffusionObjective
 from lightning_diffusion.representation import Representation
 from lightning_diffusion.resume import hash_seed
 from lightning_diffusion.sampling import Denoiser, Sampler
+from lightning_diffusion.sharing import Share
 from lightning_diffusion.swapping import Swapping
 
 
@@ -71,6 +72,7 @@ class Drawing(nn.Module):
         guidance: Guidance | None = None,
         weights: str = "online",
         seed: int = 0,
+        share: Share | None = None,
     ) -> Tensor:
         """Images (N, C, H, W) in [-1, 1]; the same for the same seed, on the module's device.
 
@@ -80,10 +82,11 @@ class Drawing(nn.Module):
             sampler: instead of the module's own.
             guidance, weights: as in `denoiser`.
             seed: of the noise, which is drawn on the CPU and so the same on every device.
+            share: of this process where several draw together; all of them must call this, and get all images.
         """
-        sampler = sampler or self.sampler
-        batches = self.sample_batches(num_samples, condition, sampler, guidance, weights, seed)
-        return torch.cat(list(batches))
+        sampler, share = sampler or self.sampler, share or Share()
+        batches = self.sample_batches(num_samples, condition, sampler, guidance, weights, seed, share=share)
+        return share.join(torch.cat(list(batches)), num_samples)
 
     @torch.no_grad()
     def sample_batches(
@@ -95,11 +98,13 @@ class Drawing(nn.Module):
         weights: str = "online",
         seed: int = 0,
         batch_size: int = 256,
+        share: Share = Share(),
     ) -> Iterator[Tensor]:
         """The images of `sample`, batch by batch; which batch an image is in does not change its noise."""
         device = next(self.parameters()).device
         noise = torch.randn(num_samples, *self._noise_shape(), generator=_generator("cpu", seed, "sample"))
-        conditions = _split(self._checked_condition(condition, num_samples), batch_size)
+        noise, checked = share.own(noise), self._checked_condition(condition, num_samples)
+        conditions = _split({name: share.own(value) for name, value in checked.items()}, batch_size)
         for number, (x, part) in enumerate(zip(torch.split(noise, batch_size), conditions, strict=False)):
             on_device = {name: value.to(device) for name, value in part.items()}
             generator = _generator(device, seed, "sampler", number)

@@ -14,6 +14,7 @@ from lightning_diffusion.averaging import overlay
 from lightning_diffusion.io import checkpoint_of, load_checkpoint, publish, temporary_beside
 from lightning_diffusion.module import CHECKPOINT_FORMAT, DiffusionModule
 from lightning_diffusion.recording import INSTANTIATOR
+from lightning_diffusion.sharded_checkpoints import consolidated
 
 KEY = "lightning_diffusion"
 
@@ -69,7 +70,7 @@ def export_safetensors(module: DiffusionModule, path: str | Path, weights: str |
 
 
 def load_module(path: str | Path, network: nn.Module | None = None) -> DiffusionModule:
-    """The module of a run folder, a checkpoint or an exported .safetensors, on the CPU.
+    """The module of a run folder, a checkpoint (file or shards) or an exported .safetensors, on the CPU.
 
     Args:
         path: which.
@@ -81,7 +82,7 @@ def load_module(path: str | Path, network: nn.Module | None = None) -> Diffusion
     """
     is_export = str(path).endswith(".safetensors")
     file = Path(path) if is_export else checkpoint_of(path)
-    found = _read_export(file) if is_export else load_checkpoint(file)
+    found = _read(file, is_export)
     recorded = found.get("hyper_parameters", {})
     if "network" not in recorded and network is None:
         raise ValueError(
@@ -89,13 +90,19 @@ def load_module(path: str | Path, network: nn.Module | None = None) -> Diffusion
             "foreign nn.Module. Load it from Python: lightning_diffusion.load_module(path, network=...).sample(...)"
         )
     given: dict[str, Any] = {} if network is None else {"network": network}
-    if not is_export:
+    if not is_export and file.is_file():
         return DiffusionModule.load_from_checkpoint(file, map_location="cpu", **given)
     parts = {name: made for name, made in recorded.items() if name not in INSTANTIATOR}
     module: DiffusionModule = instantiate_module(DiffusionModule, {**parts, **given})
     module.on_load_checkpoint(found)
     module.load_state_dict(found["state_dict"])
     return module
+
+
+def _read(file: Path, is_export: bool) -> dict[str, Any]:
+    if is_export:
+        return _read_export(file)
+    return consolidated(file, optimizers=False) if file.is_dir() else load_checkpoint(file)
 
 
 def _read_export(path: Path) -> dict[str, Any]:

@@ -64,10 +64,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     ) -> None:
         super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
 
-    def setup_environment(self) -> None:
-        """One group of all processes."""
-        self._data_parallel_size = self.num_processes * self.num_nodes
-        super().setup_environment()
+    def _setup_distributed(self) -> None:
+        super()._setup_distributed()
+        self._data_parallel_size = self.world_size
 
     def setup(self, trainer: Trainer) -> None:
         """As Lightning does, for a module that shards all that it trains."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -28,6 +28,7 @@ from lightning_diffusion.metrics import frechet_distance, kernel_distance, near_
 from lightning_diffusion.real_images import Batch, RealImages, to_8_bits
 from lightning_diffusion.resume import hash_seed
 from lightning_diffusion.sampling import Sampler
+from lightning_diffusion.sharing import Share
 from lightning_diffusion.waiting import Waiting
 
 PAIRWISE = 10_000
@@ -62,15 +63,6 @@ class Draws:
     sampler: Sampler | None = None
     guidance: Guidance | None = None
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Share:
-    """This process's part of the drawing; `gather` stacks a tensor of all processes, (world_size, ...)."""
-
-    rank: int = 0
-    world_size: int = 1
-    gather: Callable[[Tensor], Tensor] = lambda x: x[None]
 
 
 @dataclass(frozen=True)

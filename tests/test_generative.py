@@ -15,7 +15,6 @@ from lightning_diffusion.generative import (
     FIGURES,
     Draws,
     RealFeatures,
-    Share,
     diverged,
     drawn_features,
     few_samples,
@@ -25,6 +24,7 @@ from lightning_diffusion.generative import (
     real_features,
 )
 from lightning_diffusion.metrics import frechet_distance
+from lightning_diffusion.sharing import Share
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 kinds:
+  checkpoint            shards in one file, with all that it takes to go on; --checkpoint and --resume take it
   safetensors           weights and configuration in one file; --checkpoint, --guide and --weights take it
   diffusers             a folder for diffusers: the model and the scheduler that draws as --sampler does here
   torch-export          a program of the denoiser for torch alone, torch.export.load(FILE).module()
@@ -19,8 +20,9 @@ kinds:
 examples:
   lightning-diffusion export --checkpoint runs/digits-1 --to safetensors --out digits.safetensors
   lightning-diffusion export --checkpoint runs/digits-1 --to torch-export --out digits.pt2 --weights online
-  lightning-diffusion export --checkpoint runs/dit-1 --to diffusers --out dit/ --sampler dpm"""
-_ENDINGS = {"safetensors": ".safetensors", "torch-export": ".pt2", "diffusers": ""}
+  lightning-diffusion export --checkpoint runs/dit-1 --to diffusers --out dit/ --sampler dpm
+  lightning-diffusion export --checkpoint runs/dit-1/checkpoints/last.ckpt --to checkpoint --out dit.ckpt"""
+_ENDINGS = {"checkpoint": ".ckpt", "safetensors": ".safetensors", "torch-export": ".pt2", "diffusers": ""}
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -32,6 +34,8 @@ def run(command: str, arguments: list[str]) -> int:
     from lightning_diffusion.exported import default_weights
 
     quiet()
+    if given.to == "checkpoint":
+        return _consolidate(given)
     module = load(given.checkpoint)
     _WRITERS[given.to](module, given)
     print(f"{given.out}: {given.to}, {given.weights or default_weights(module)} weights", flush=True)
@@ -43,7 +47,12 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="run folder or checkpoint")
     add("--to", required=True, choices=list(_ENDINGS), metavar="KIND", help=", ".join(_ENDINGS))
-    add("--out", required=True, metavar="PATH", help="FILE.safetensors, FILE.pt2, or for diffusers FOLDER/")
+    add(
+        "--out",
+        required=True,
+        metavar="PATH",
+        help="FILE.ckpt, FILE.safetensors, FILE.pt2, or for diffusers FOLDER/",
+    )
     add(
         "--weights",
         metavar="WHICH",
@@ -62,6 +71,19 @@ def _refuse_impossible(given: Any) -> None:
         raise ValueError(f"--out {given.out}: expected a name that ends in {ending} for --to {given.to}")
     refuse_missing("--checkpoint", given.checkpoint)
     refuse_existing(Path(given.out), given.overwrite)
+
+
+def _consolidate(given: Any) -> int:
+    from functools import partial
+
+    import torch
+
+    from lightning_diffusion.io import load_checkpoint, write_atomically
+
+    checkpoint = load_checkpoint(given.checkpoint)
+    write_atomically(given.out, partial(torch.save, checkpoint))
+    print(f"{given.out}: checkpoint, step {checkpoint['global_step']}, in one file", flush=True)
+    return 0
 
 
 def _safetensors(module: DiffusionModule, given: Any) -> None:

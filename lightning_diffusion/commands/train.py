@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -44,6 +44,7 @@ from lightning_diffusion.io import (
     write_atomically,
 )
 from lightning_diffusion.module import DiffusionModule
+from lightning_diffusion.sharded_checkpoints import is_sharded_checkpoint, stored_state_dict
 
 _FOLDER_OF_RUN = (
     "LIGHTNING_DIFFUSION_RUN_FOLDER"  # from the first process of a machine to those that it starts
@@ -159,7 +160,8 @@ class DiffusionCLI(LightningCLI):
         self.start_from = self._checked_checkpoint()
         given = self._get(self.config_init, "trainer")
         if self.subcommand != "fit" or given.fast_dev_run:
-            return super().instantiate_trainer(logger=False, callbacks=self._with_progress(given), **kwargs)
+            options = {"callbacks": self._with_progress(given), "plugins": _plugins(given)}
+            return super().instantiate_trainer(logger=False, **options, **kwargs)
         self.folder = self._run_folder()
         return super().instantiate_trainer(
             logger=[_csv_logger(self.folder), *_listed(given.logger, Logger)],
@@ -212,7 +214,8 @@ class DiffusionCLI(LightningCLI):
         if place is None:
             return None
         path = checkpoint_of(place)
-        saved = load_checkpoint(path).get("state_dict", {})
+        shards = is_sharded_checkpoint(path)
+        saved = stored_state_dict(path) if shards else load_checkpoint(path).get("state_dict", {})
         refuse_other_weights(_network_of(saved), _network_of(self.model.state_dict()), path)
         return path
 
@@ -274,8 +277,6 @@ def _has(callbacks: Sequence[Callback], kind: type) -> bool:
 
 def _plugins(given: Any) -> list[Any]:
     plugins = [plugin for plugin in _listed(given.plugins, object) if plugin is not None]
-    shards = isinstance(given.strategy, (FSDPStrategy, ModelParallelStrategy)) or "fsdp" in str(
-        given.strategy
-    )
+    shards = isinstance(given.strategy, FSDPStrategy) or "fsdp" in str(given.strategy)
     writes = any(isinstance(plugin, CheckpointIO) for plugin in plugins)
     return plugins if shards or writes else [*plugins, AtomicCheckpointIO()]
