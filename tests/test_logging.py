@@ -18,12 +18,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 from small_module import module
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_records import config, history, records
 
 import lightning_diffusion as ld
 from lightning_diffusion.callbacks import LossScaleMonitor
 from lightning_diffusion.cli import main
-from lightning_diffusion.commands.loggers import WANDB_ID, wandb_run_of
+from lightning_diffusion.commands.loggers import TENSORBOARD_FOLDER, WANDB_ID, wandb_run_of
 from lightning_diffusion.datamodules import DigitsDataModule
 from lightning_diffusion.environment import environment, git_commit
 
@@ -61,14 +62,16 @@ def run(tmp_path_factory):
     folder, here, argv = tmp_path_factory.mktemp("logged"), os.getcwd(), sys.argv
     write_config(folder)
     (folder / "more.yaml").write_text(f"trainer:\n  callbacks+:{CALLBACKS}")
-    files = ["tiny.yaml", "more.yaml", str(ROOT / "configs" / "loggers" / "wandb.yaml")]
+    text = (ROOT / "configs" / "loggers" / "wandb.yaml").read_text()
+    (folder / "wandb.yaml").write_text(text.replace("log_model: false", "log_model: true"))
+    files = ["tiny.yaml", "more.yaml", "wandb.yaml", str(ROOT / "configs" / "loggers" / "tensorboard.yaml")]
     os.chdir(folder)
     sys.argv = ["lightning-diffusion"]
     before = {name: os.environ.get(name) for name in ("WANDB_MODE", "WANDB_SILENT")}
     os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true")
     try:
         arguments = [part for file in files for part in ("--config", file)]
-        assert main(["fit", *arguments, "--trainer.logger.init_args.log_model", "true"]) == 0
+        assert main(["fit", *arguments]) == 0
     finally:
         os.chdir(here)
         sys.argv = argv
@@ -105,7 +108,7 @@ def test_every_name_that_is_logged_is_documented(names):
 @pytest.mark.slow
 def test_every_documented_name_is_logged(names):
     """But for a mixture's floor, the metrics of drawing, and tests, which this run does not have."""
-    absent = {"`GenerativeMetrics`"}
+    absent = {"`GenerativeMetrics`", "`ema sweep`"}
     expected = [p for p, by in table() if by not in absent and "floor" not in p and p != "test/loss"]
     assert len(expected) > 20
     assert [p for p in expected if not any(re.fullmatch(p, name) for name in names)] == []
@@ -120,6 +123,22 @@ def test_csv_has_the_same_scalars(run):
     }
     pictures = {name for name in logged if name.startswith(("samples/", "noise_levels/"))}
     assert logged - set(OWN) - pictures == columns - {"step"}
+
+
+@pytest.mark.slow
+def test_tensorboard_has_the_same_scalars_values_and_pictures(run):
+    """In the folder that the run folder names."""
+    folder = Path((run[0] / TENSORBOARD_FOLDER).read_text())
+    assert folder == run[0].parent / "tensorboard" / "version_0"
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    with (run[0] / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert set(events.Tags()["scalars"]) == rows[0].keys() - {"step"}
+    assert set(events.Tags()["images"]) == {"samples", "noise_levels"}
+    for name in ("train/loss", "val/loss", "train/grad_norm"):
+        written = {int(row["step"]): float(row[name]) for row in rows if row[name]}
+        assert {e.step: e.value for e in events.Scalars(name)} == pytest.approx(written)
 
 
 @pytest.mark.slow

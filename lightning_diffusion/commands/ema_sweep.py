@@ -34,15 +34,24 @@ def sweep(arguments: list[str]) -> None:
         refuse_file(file, given.overwrite)
     from lightning_diffusion.commands.quiet import quiet
     from lightning_diffusion.commands.sample import load
+    from lightning_diffusion.commands.sweep_logging import Sweep, log_sweep
 
     quiet()
     evaluate = _evaluation(given, load(given.run), _datamodule(Path(given.run)))
     online = evaluate(None)
     print(f"{'online':10} {given.metric} {online:.6g}", flush=True)
-    found = dict(_evaluated(given, widths, evaluate, best_file))
+    rebuilt = list(_evaluated(given, widths, evaluate, best_file))
+    found = {one.sigma_rel: value for one, value in rebuilt}
     _draw(picture, found, online, given.metric)
     best = min(found, key=found.__getitem__)
     print(f"best: {best:g}, in {best_file}; curve in {picture}")
+    if not given.no_loggers:
+        log_sweep(Path(given.run), Sweep(_named(given), rebuilt[0][0].step, online, found), picture)
+
+
+def _named(given: Any) -> str:
+    """The metric with all that decides about it: figures of other numbers of samples cannot be compared."""
+    return "val_loss" if given.metric == "val-loss" else f"frechet_pca_{given.num}"
 
 
 def _parser() -> Parser:
@@ -55,14 +64,19 @@ def _parser() -> Parser:
     add("--seed", type=int, default=0, metavar="N", help="of the samples' noise, the same for all widths (0)")
     add("--at-step", type=int, metavar="N", help="averages at the snapshot of this step (the last)")
     add("--out", metavar="FILE", help="the best, NAME.safetensors (RUN/ema-best.safetensors)")
+    add(
+        "--no-loggers",
+        action="store_true",
+        help="leave W&B and TensorBoard of the run alone, and ema_sweep.csv",
+    )
     add("--overwrite", action="store_true", help="replace what is there")
     return parser
 
 
 def _evaluated(
     given: Any, widths: Sequence[float], evaluate: Evaluation, best_file: Path
-) -> Iterator[tuple[float, float]]:
-    """Width and metric, one after the other; what is best so far is on the disk."""
+) -> Iterator[tuple[Reconstruction, float]]:
+    """Average, without its weights, and metric, one after the other; what is best so far is on the disk."""
     from lightning_diffusion.reconstruction import snapshots_of
 
     snapshots, best = snapshots_of(given.run), float("inf")
@@ -72,7 +86,7 @@ def _evaluated(
         if value < best:
             best = value
             write_weights(best_file, rebuilt.weights)
-        yield rebuilt.sigma_rel, value
+        yield rebuilt._replace(weights={}), value
 
 
 def _rebuilt(snapshots: Any, widths: Sequence[float], step: int | None) -> Iterator[Reconstruction]:

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning_diffusion.environment import environment
 from lightning_diffusion.io import write_atomically
 
-ENVIRONMENT, WANDB_ID = "environment.yaml", "wandb-id.txt"
+ENVIRONMENT, WANDB_ID, TENSORBOARD_FOLDER = "environment.yaml", "wandb-id.txt", "tensorboard-folder.txt"
 _VARIABLES = ("WANDB_NAME", "WANDB_RUN_ID", "WANDB_MODE")
 
 
@@ -32,8 +32,16 @@ def tell_loggers(trainer: Trainer, folder: Path, configuration: Mapping[str, Any
     for logger in trainer.loggers:
         if not isinstance(logger, CSVLogger):
             _tell(logger, configuration, found)
-        if isinstance(logger, WandbLogger) and isinstance(logger.version, str):
-            write_atomically(folder / WANDB_ID, lambda file, id_=logger.version: file.write(id_.encode()))  # type: ignore[misc]
+        for name, known in _known_by(logger).items():
+            write_atomically(folder / name, lambda file, known=known: file.write(known.encode()))  # type: ignore[misc]
+
+
+def _known_by(logger: Logger) -> dict[str, str]:
+    """By which the logger's run is found again, by the name of the file that keeps it."""
+    if isinstance(logger, TensorBoardLogger):
+        return {TENSORBOARD_FOLDER: str(Path(logger.log_dir).resolve())}
+    is_run = isinstance(logger, WandbLogger) and isinstance(logger.version, str)
+    return {WANDB_ID: str(logger.version)} if is_run else {}
 
 
 def _tell(logger: Logger, configuration: Mapping[str, Any], found: Mapping[str, Any]) -> None:
