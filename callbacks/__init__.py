@@ -17,6 +17,7 @@ from lightning_diffusion.callbacks.noise_level_monitor import NoiseLevelMonitor
 from lightning_diffusion.callbacks.power_function_ema import PostHocEMA, PowerFunctionEMA
 from lightning_diffusion.callbacks.precision_audit import PrecisionAudit
 from lightning_diffusion.callbacks.progress import TrainingProgress
+from lightning_diffusion.callbacks.rank_watchdog import RankWatchdog
 from lightning_diffusion.callbacks.run_summary import RunSummary
 from lightning_diffusion.callbacks.sample_grid import SampleGrid
 from lightning_diffusion.callbacks.save_on_signal import SaveOnSignal
@@ -35,6 +36,7 @@ __all__ = [
     "PostHocEMA",
     "PowerFunctionEMA",
     "PrecisionAudit",
+    "RankWatchdog",
     "RunSummary",
     "SampleGrid",
     "SaveOnSignal",

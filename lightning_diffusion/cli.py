@@ -11,9 +11,10 @@ from importlib import import_module
 
 from lightning_diffusion import __version__
 from lightning_diffusion.commands import COMMANDS, HELP
-from lightning_diffusion.commands.errors import explain, suggestion
+from lightning_diffusion.commands.errors import explain, rank_failure, suggestion
 from lightning_diffusion.commands.help import PAGES
 
+FAILED = 1
 USAGE = 2
 INTERRUPTED = 130
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = explain(error)
         if said is None:
             raise
-        return _complain(said)
+        return _complain(said, FAILED if rank_failure(error) else USAGE)
 
 
 def _run(arguments: list[str]) -> int:
@@ -56,6 +57,6 @@ def _command(name: str) -> Callable[[str, list[str]], int]:
     return run
 
 
-def _complain(line: str) -> int:
+def _complain(line: str, status: int = USAGE) -> int:
     print(f"lightning-diffusion: {line}", file=sys.stderr)
-    return USAGE
+    return status

@@ -15,7 +15,7 @@ GLOBAL_BATCH = 8
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("same_batch")
-    done = run([sys.executable, HERE / "same_batch_processes.py", folder])
+    done = run([sys.executable, HERE / "same_batch_processes.py", folder], timeout=240)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return folder
 

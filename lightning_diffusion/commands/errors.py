@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from importlib import import_module
 from types import TracebackType
 
+from lightning_diffusion.ranks import RankFailure
+
 _CHECKED_BY = ("lightning_diffusion", "lightning.pytorch.trainer.connectors")
 _MEANT = (ValueError, TypeError, OSError, ImportError)
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -38,6 +40,8 @@ def explain(error: BaseException) -> str | None:
     """One line for the user, or None if the error is not the user's."""
     if (missing := _not_installed(error)) is not None:
         return missing
+    if (failure := rank_failure(error)) is not None:
+        return str(failure)
     error = origin(error)
     if isinstance(error, ArgumentError):
         return " ".join(filter(None, [error.argument_name, _parsing(error.message)]))
@@ -46,6 +50,11 @@ def explain(error: BaseException) -> str | None:
     if type(error).__name__ == "MisconfigurationException" or _is_meant(error):
         return _one_line(str(error))
     return None
+
+
+def rank_failure(error: BaseException) -> RankFailure | None:
+    """Another rank's failure, where that made this one end."""
+    return next((one for one in (error, error.__cause__) if isinstance(one, RankFailure)), None)
 
 
 def _not_installed(error: BaseException) -> str | None:

@@ -25,7 +25,13 @@ from torch import Tensor
 
 import lightning_diffusion
 from lightning_diffusion.batches import LABEL, unpack
-from lightning_diffusion.callbacks import LastCheckpoint, RunSummary, SaveOnSignal, TrainingProgress
+from lightning_diffusion.callbacks import (
+    LastCheckpoint,
+    RankWatchdog,
+    RunSummary,
+    SaveOnSignal,
+    TrainingProgress,
+)
 from lightning_diffusion.commands.classes import forget_arguments_where_classes_change
 from lightning_diffusion.commands.errors import UnknownOptionError
 from lightning_diffusion.commands.loggers import tell_loggers, wandb_run_of
@@ -173,6 +179,8 @@ class DiffusionCLI(LightningCLI):
 
     def _callbacks(self, given: Any) -> list[Callback]:
         callbacks = self._with_progress(given)
+        if not _has(callbacks, RankWatchdog):
+            callbacks = [RankWatchdog(), *callbacks]
         if given.enable_checkpointing is False:
             return [*callbacks, RunSummary()]
         writing = [] if _has(callbacks, Checkpoint) else [LastCheckpoint()]
