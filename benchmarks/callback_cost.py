@@ -28,9 +28,10 @@ from functools import partial, wraps
 
 import numpy as np
 import torch
+from interleaved import Times, in_turns, spread
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from step_overhead import CLOCKS, Baton, Pace, summary
+from step_overhead import CLOCKS, Baton, Pace
 
 from lightning_diffusion import EDM, DiffusionModule, Standardize, UNet
 from lightning_diffusion.callbacks import (
@@ -54,7 +55,6 @@ SETS: dict[str, Callable[[], list[Callback]]] = {
         GradientClipping(),
     ],
 }
-Times = dict[str, list[float]]
 BOUNDS = {"nothing": 0.0, "monitor": 0.02, "gradients": 0.03}
 
 
@@ -64,10 +64,13 @@ def network() -> UNet:
 
 
 class Inside:
-    """Milliseconds spent in the hooks of callbacks in each block of steps, measured from within."""
+    """Milliseconds spent in the hooks of callbacks in each block of steps, measured from within.
+
+    A hook that another one calls is counted once.
+    """
 
     def __init__(self, callbacks: list[Callback], clock: Callable[[], float]) -> None:
-        self.clock, self.spent, self.blocks = clock, 0.0, list[float]()
+        self.clock, self.spent, self.depth, self.blocks = clock, 0.0, 0, list[float]()
         for callback in callbacks:
             for name in (name for name in dir(callback) if name.startswith("on_")):
                 setattr(callback, name, self.timed(getattr(callback, name)))
@@ -75,11 +78,13 @@ class Inside:
     def timed(self, hook: Callable[..., object]) -> Callable[..., object]:
         @wraps(hook)
         def run(*args: object, **kwargs: object) -> object:
+            self.depth += 1
             began = self.clock()
             try:
                 return hook(*args, **kwargs)
             finally:
-                self.spent += 1e3 * (self.clock() - began)
+                self.depth -= 1
+                self.spent += 0 if self.depth else 1e3 * (self.clock() - began)
 
         return run
 
@@ -118,17 +123,19 @@ def compare(names: list[str], arguments: argparse.Namespace, folder: str) -> tup
     ]
     for thread in threads:
         thread.start()
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(arguments.rounds + 1):
-        order = list(arms) if number % 2 else list(reversed(arms))
-        for name in order:
-            times[name].append(batons[name].run_block())
-            inside[name].end_block(arguments.steps)
+    blocks = {name: partial(run_block, baton, inside[name]) for name, baton in batons.items()}
+    times = in_turns(blocks, arguments.rounds, warm_up=1)
     for baton, thread in zip(batons.values(), threads, strict=True):
         baton.stop = True
         baton.go.release()
         thread.join()
-    return {k: v[1:] for k, v in times.items()}, {k: v.blocks[1:] for k, v in inside.items()}
+    return times, {name: np.array(watched.blocks[1:]) for name, watched in inside.items()}
+
+
+def run_block(baton: Baton, inside: Inside) -> float:
+    block = baton.run_block()
+    inside.end_block(baton.steps)
+    return block
 
 
 def main() -> None:
@@ -148,17 +155,17 @@ def main() -> None:
         times, inside = compare(arguments.sets, arguments, folder)
     print(
         f"{size:.1f} M parameters, batch {arguments.batch_size}, logging every {arguments.steps} steps, "
-        f"{torch.get_num_threads()} thread(s), {arguments.clock} clock: median [quartiles]"
+        f"{torch.get_num_threads()} thread(s), {arguments.clock} clock: median (quartiles)"
     )
-    print(f"without     {summary(times['without'])} ms per step")
+    print(f"without     {spread(times['without'], 1)} ms per step")
     for name in arguments.sets:
-        ratios = list(np.divide(times[name], times["without"]))
+        ratios = times[name] / times["without"]
         kept = "kept" if np.median(ratios) <= 1 + BOUNDS[name] else "BROKEN"
         bound = f"  bound {1 + BOUNDS[name]:.2f} {kept}" if BOUNDS[name] else ""
-        print(f"{name:<12}{summary(ratios)} of that{bound}")
+        print(f"{name:<12}{spread(ratios, 3)} of that{bound}")
     for name in arguments.sets:
-        share = np.divide(inside[name], np.subtract(times[name], inside[name]))
-        print(f"{name:<12}{summary(list(share))} of a step is spent inside its hooks")
+        share = inside[name] / (times[name] - inside[name])
+        print(f"{name:<12}{spread(share, 4)} of a step is spent inside its hooks")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/clipping.py [--rounds 30] [--sizes small medium large]
 
-All arms clip the same gradients of one U-Net in one process, one call each per round, in an order that rotates;
-gradients are put back before every call, outside the clock. A figure is the median over rounds, a ratio the median
-of paired ratios to clip_grad_norm_(foreach=True), both with quartiles. On the CPU only what is over its bound is
-multiplied, so the share of units over it, the columns, matters; `no branches` is the form for accelerators.
+All arms clip the same gradients of one U-Net in one process, one call each per round, in changing order; gradients are
+put back before every call, outside the clock. A figure is the median over rounds, a ratio the median of paired ratios
+to clip_grad_norm_(foreach=True), both with quartiles. That one always multiplies everything, also where its norm is
+within the bound; ours on the CPU only what is over its bound, so the share of units over it, the columns, matters.
+`no branches` is the form for accelerators.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
-from itertools import cycle
-from time import perf_counter
 
-import numpy as np
 import torch
 from ema_update import SIZES
+from interleaved import Times, clocked, in_turns, spread
 from torch import Tensor, nn
 
 from lightning_diffusion import ClippingRule, GlobalNorm, UNet, scaling
@@ -93,26 +93,17 @@ def arms(norm: float) -> dict[str, Clip]:
 
 
 @torch.no_grad()
-def measure(parameters: list[nn.Parameter], share: float, rounds: int) -> dict[str, np.ndarray]:
-    """Milliseconds (rounds,) of every arm, interleaved."""
+def measure(parameters: list[nn.Parameter], share: float, rounds: int) -> Times:
+    """Milliseconds (rounds,) of every arm."""
     made = gradients(parameters, share)
     functions = arms(float(nn.utils.get_total_norm(made)))
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    names, starts = list(functions), cycle(range(len(functions)))
-    for number in range(rounds + 2):
-        first = next(starts)
-        for name in names[first:] + names[:first]:
-            torch._foreach_copy_([p.grad for p in parameters], made)
-            began = perf_counter()
-            functions[name](parameters)
-            if number >= 2:
-                times[name].append(1e3 * (perf_counter() - began))
-    return {name: np.array(t) for name, t in times.items()}
 
+    def put_back() -> None:
+        torch._foreach_copy_([p.grad for p in parameters], made)
 
-def spread(values: np.ndarray, digits: int) -> str:
-    low, middle, high = (f"{q:.{digits}f}" for q in np.percentile(values, [25, 50, 75]))
-    return f"{middle} ({low} to {high})"
+    return in_turns(
+        {name: clocked(partial(f, parameters), put_back) for name, f in functions.items()}, rounds
+    )
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/ema_update.py [--rounds 30] [--sizes small medium large]
 
-All arms average the same U-Net in one process, one update each per round, in an order that rotates; a figure is
-the median over rounds, a ratio the median of paired ratios to one flat `lerp_` over the same number of bytes.
+All arms average the same U-Net in one process, one update each per round, in changing order; a figure is the
+median over rounds, a ratio the median of paired ratios to one flat `lerp_` over the same number of bytes.
 
     flat lerp_       one tensor of all parameters: the limit of the memory
     ours             lightning_diffusion.averaging.Average, one width; two widths; every 8 steps, all steps counted
@@ -16,13 +16,12 @@ the median over rounds, a ratio the median of paired ratios to one flat `lerp_` 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from itertools import cycle
 
 import numpy as np
 import torch
+from interleaved import Times, clocked, in_turns
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
@@ -83,19 +82,9 @@ def arms(network: nn.Module) -> dict[str, Callable[[], object]]:
 
 
 @torch.no_grad()
-def measure(network: nn.Module, rounds: int) -> dict[str, np.ndarray]:
-    """Milliseconds (rounds,) of every arm, interleaved."""
-    functions = arms(network)
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    names, starts = list(functions), cycle(range(len(functions)))
-    for number in range(rounds + 2):
-        first = next(starts)
-        for name in names[first:] + names[:first]:
-            began = time.perf_counter()
-            functions[name]()
-            if number >= 2:
-                times[name].append(1e3 * (time.perf_counter() - began))
-    return {name: np.array(t) for name, t in times.items()}
+def measure(network: nn.Module, rounds: int) -> Times:
+    """Milliseconds (rounds,) of every arm."""
+    return in_turns({name: clocked(function) for name, function in arms(network).items()}, rounds)
 
 
 def error_of_rare_updates(every: int, sigma_rel: float, steps: int = 10_000) -> float:

@@ -1,22 +1,20 @@
 """Is mixed precision faster here? Training steps of the shipped networks under each precision.
 
-    python benchmarks/precision_speed.py [--rounds 10] [--limit 20]
+    python benchmarks/precision_speed.py [--rounds 10] [--limit 20] [--batch-size 16]
 
-A step is loss, backward and AdamW(fused=True). All arms of a network take one step each per round, in an order that
-rotates, in one process. Median of a step's time and median of paired ratios of float32's to it (above 1: faster), with
-quartiles. An arm whose first step takes longer than `limit` times float32's is measured no further.
+A step is loss, backward and AdamW(fused=True). All arms of a network take one step each per round, in changing order,
+in one process. Median of a step's time and median of paired ratios of float32's to it (above 1: faster), with
+quartiles. An arm whose second step takes longer than `limit` times float32's is measured no further.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from itertools import cycle
-from time import perf_counter
 
 import numpy as np
 import torch
-from clipping import spread
+from interleaved import Times, clocked, in_turns, spread
 from torch import nn
 
 from lightning_diffusion import (
@@ -28,7 +26,6 @@ from lightning_diffusion import (
     UNet,
 )
 
-BATCH = 16
 Step = Callable[[], None]
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -46,13 +43,13 @@ ARMS = {
 }
 
 
-def arm(network: nn.Module, precision: str | None, layout: torch.memory_format) -> Step:
+def training_step(network: nn.Module, batch: int, precision: str | None, layout: torch.memory_format) -> Step:
     """A training step of a network in some precision and layout."""
     module = DiffusionModule(network.to(memory_format=layout))  # type: ignore[call-overload]
     if precision:
         DiffusionPrecision(precision).convert_module(module)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    images = torch.randn(BATCH, *network.image_shape).to(memory_format=layout)  # type: ignore[misc]
+    images = torch.randn(batch, *network.image_shape).to(memory_format=layout)  # type: ignore[misc]
 
     def step() -> None:
         optimizer.zero_grad()
@@ -62,26 +59,13 @@ def arm(network: nn.Module, precision: str | None, layout: torch.memory_format) 
     return step
 
 
-def clocked(step: Step) -> float:
-    began = perf_counter()
-    step()
-    return 1e3 * (perf_counter() - began)
-
-
-def measure(make: Callable[[], nn.Module], rounds: int, limit: float) -> dict[str, np.ndarray]:
-    """Milliseconds of each arm's steps, interleaved; of arms beyond the limit of their first step alone."""
-    steps = {name: arm(make(), *setting) for name, setting in ARMS.items()}
-    first = {name: clocked(step) for name, step in steps.items()}
-    slow = {name: np.array([t]) for name, t in first.items() if t > limit * first["float32"]}
-    names = [name for name in steps if name not in slow]
-    times, starts = {name: list[float]() for name in names}, cycle(range(len(names)))
-    for number in range(rounds + 1):
-        start = next(starts)
-        for name in names[start:] + names[:start]:
-            t = clocked(steps[name])
-            if number:
-                times[name].append(t)
-    return {name: slow[name] if name in slow else np.array(times[name]) for name in steps}
+def measure(make: Callable[[], nn.Module], rounds: int, limit: float, batch: int) -> Times:
+    """Milliseconds of each arm's steps; of arms beyond the limit those of their second step alone."""
+    arms = {name: clocked(training_step(make(), batch, *setting)) for name, setting in ARMS.items()}
+    second = in_turns(arms, rounds=1, warm_up=1)
+    slow = {name for name, t in second.items() if t[0] > limit * second["float32"][0]}
+    times = in_turns({name: arm for name, arm in arms.items() if name not in slow}, rounds, warm_up=0)
+    return {name: times.get(name, second[name]) for name in arms}
 
 
 def main() -> None:
@@ -90,13 +74,15 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--limit", type=float, default=20.0)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     options = parser.parse_args()
     print("| network | precision | ms per step | times as fast as float32 |\n|---|---|---|---|")
     for network in options.networks:
-        times = measure(NETWORKS[network], options.rounds, options.limit)
+        times = measure(NETWORKS[network], options.rounds, options.limit, options.batch_size)
         for name, t in times.items():
-            fast = spread(times["float32"] / t, 2) if len(t) > 1 else f"below {1 / options.limit}"
+            ratio = times["float32"] / t
+            fast = spread(ratio, 2) if len(t) == options.rounds else f"{float(np.median(ratio)):.3f}, once"
             print(f"| {network} | {name} | {spread(t, 0)} | {fast} |", flush=True)
 
 

@@ -25,11 +25,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import permutations
 from typing import Any
 
 import numpy as np
 import torch
+from interleaved import Times, in_turns, spread
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -38,7 +38,6 @@ from lightning_diffusion.callbacks import PowerFunctionEMA
 from lightning_diffusion.datamodules import DigitsDataModule
 
 BATCH, BOUND = 64, 0.5
-ORDERS = list(permutations(["hand", "lightning", "ours"]))
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SIGMA_DATA, P_MEAN, P_STD, DROPOUT, SIGMA_REL = 0.5, -1.2, 1.2, 0.1, 0.1
 
@@ -232,10 +231,8 @@ def quiet_trainer(baton: Baton, *callbacks: Callback) -> Trainer:
     )
 
 
-def compare(
-    network: Callable[[], nn.Module], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Milliseconds per step of each arm in each round, after one round of warming up."""
+def compare(network: Callable[[], nn.Module], rounds: int, clock: Callable[[], float]) -> Times:
+    """Milliseconds per step of each arm in each round."""
     torch.manual_seed(0)
     data = DigitsDataModule(BATCH).training_data()
     networks = [network() for _ in range(3)]
@@ -250,21 +247,12 @@ def compare(
     threads = [threading.Thread(target=arm, args=(batons[name],), daemon=True) for name, arm in arms.items()]
     for thread in threads:
         thread.start()
-    times: dict[str, list[float]] = {name: [] for name in batons}
-    for number in range(rounds + 1):
-        for name in ORDERS[number % len(ORDERS)]:
-            times[name].append(batons[name].run_block())
+    times = in_turns({name: baton.run_block for name, baton in batons.items()}, rounds, warm_up=1)
     for baton, thread in zip(batons.values(), threads, strict=True):
         baton.stop = True
         baton.go.release()
         thread.join()
-    return {name: values[1:] for name, values in times.items()}
-
-
-def summary(values: list[float]) -> str:
-    """Median and quartiles."""
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return f"{middle:8.3f}   [{low:.3f}, {high:.3f}]"
+    return times
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"digits": digits, "small": small, "tiny": Tiny}
@@ -282,13 +270,13 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     times = compare(NETWORKS[arguments.network], arguments.rounds, CLOCKS[arguments.clock])
     pairs = [("lightning", "hand"), ("ours", "lightning"), ("ours", "hand")]
-    added = {f"{a} - {b}": list(np.subtract(times[a], times[b])) for a, b in pairs}
+    added = {f"{a} - {b}": times[a] - times[b] for a, b in pairs}
     print(
-        f"milliseconds ({arguments.clock}) per step, {torch.get_num_threads()} thread(s): median [quartiles]"
+        f"milliseconds ({arguments.clock}) per step, {torch.get_num_threads()} thread(s): median (quartiles)"
     )
     for name, values in {**times, **added}.items():
-        print(f"{name:<18}{summary(values)}")
-    print(f"ours / hand       {summary(list(np.divide(times['ours'], times['hand'])))}")
+        print(f"{name:<18}{spread(values, 3)}")
+    print(f"ours / hand       {spread(times['ours'] / times['hand'], 3)}")
     ours = float(np.median(added["ours - lightning"]))
     print(f"ours - lightning: bound {BOUND} ms", "kept" if ours <= BOUND else "BROKEN")
     print(json.dumps({name: float(np.median(values)) for name, values in {**times, **added}.items()}))

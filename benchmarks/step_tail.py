@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/step_tail.py [--rounds 30] [--sizes small medium large]
 
-All arms take steps of the same U-Net with the same gradients in one process, one step each per round, in an order that
-rotates; gradients are put back before, outside the clock, and half of the steps are over the clipping's bound. Median
+All arms take steps of the same U-Net with the same gradients in one process, one step each per round, in changing
+order; gradients are put back before, outside the clock, and half of the steps are over the clipping's bound. Median
 over rounds, and median of paired ratios to ours, with quartiles.
 
     ours              one norm for check, sanitising and clipping; AdamW(fused=True); two averages
@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
-from time import perf_counter
 
-import numpy as np
 import torch
-from clipping import network, spread
+from clipping import network
 from ema_update import SIZES
+from interleaved import Times, clocked, in_turns, spread
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
@@ -76,25 +76,26 @@ def gradients(net: nn.Module) -> list[list[Tensor]]:
     return [[g * (norm / total) for g in made] for norm in (0.5, 2.0)]
 
 
-def measure(size: str, rounds: int) -> dict[str, np.ndarray]:
-    """Milliseconds (rounds,) of every arm, interleaved."""
+def measure(size: str, rounds: int) -> Times:
+    """Milliseconds (rounds,) of every arm."""
     net = network(size)
-    nets = [net, copy.deepcopy(net), copy.deepcopy(net)]
-    makers = (ours, lightning, lambda n: lightning(n, fused=True))
-    names = ("ours", "lightning", "lightning, fused")
-    steps = {name: (n, make(n)) for name, n, make in zip(names, nets, makers, strict=True)}
-    made, times, starts = gradients(net), {name: list[float]() for name in names}, cycle(range(len(names)))
-    for number in range(rounds + 2):
-        first = next(starts)
-        for name in names[first:] + names[:first]:
-            module, step = steps[name]
-            for p, g in zip(module.parameters(), made[number % 2], strict=True):
-                p.grad = g.clone()
-            began = perf_counter()
-            step()
-            if number >= 2:
-                times[name].append(1e3 * (perf_counter() - began))
-    return {name: np.array(t) for name, t in times.items()}
+    made = gradients(net)
+    makers = {"ours": ours, "lightning": lightning, "lightning, fused": partial(lightning, fused=True)}
+    nets = {name: copy.deepcopy(net) for name in makers}
+    return in_turns(
+        {name: clocked(make(nets[name]), put(nets[name], made)) for name, make in makers.items()}, rounds
+    )
+
+
+def put(net: nn.Module, sets: list[list[Tensor]]) -> Step:
+    """Gives the network gradients, of the sets in turn."""
+    turns = cycle(sets)
+
+    def put_() -> None:
+        for p, g in zip(net.parameters(), next(turns), strict=True):
+            p.grad = g.clone()
+
+    return put_
 
 
 def main() -> None:
