@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_diffusion.chunks import INDEX, MANIFEST, VERSION, Part, Prepared, litdata, samples_in
+from lightning_diffusion.feature_cache import cache_folder
 from lightning_diffusion.resume import hash_seed
 
 OPEN_CHUNKS = 128  # memory-mapped at once, by each process
@@ -36,18 +38,22 @@ class ChunkCache:
     """Where chunks of a bucket are kept on this machine.
 
     Args:
-        folder: by default one of its own for each bucket, below ~/.cache/lightning_diffusion.
+        folder: by default ~/.cache/lightning-diffusion, or LIGHTNING_DIFFUSION_CACHE; each prepared content has one of
+            its own below it, so that data prepared anew under the same address are fetched anew.
         gigabytes: the chunks that were not opened for the longest time are removed above that; None: never.
     """
 
     folder: str | None = None
     gigabytes: float | None = None
 
-    def folder_of(self, source: str) -> Path:
-        """The folder for `source`."""
-        if self.folder is not None:
-            return Path(self.folder)
-        return Path.home() / ".cache" / "lightning_diffusion" / f"{hash_seed(source):016x}"
+    def folder_of(self, content: str) -> Path:
+        """The folder for what hashes to `content`."""
+        return self.root / f"chunks-{content}"
+
+    @property
+    def root(self) -> Path:
+        """Of all contents."""
+        return Path(self.folder) if self.folder is not None else cache_folder()
 
     def trim(self, folder: Path, keep: Path) -> None:
         """Remove the oldest chunks in `folder`, never `keep`; whoever reads one keeps what it has mapped."""
@@ -75,6 +81,10 @@ def is_remote(source: str) -> bool:
     return "://" in source or source.startswith("local:")
 
 
+class MissingChunkError(ValueError):
+    """A chunk that is listed is not there."""
+
+
 class ChunkReader:
     """Samples of one part of a prepared folder.
 
@@ -90,7 +100,7 @@ class ChunkReader:
 
     def __init__(self, source: str, part: Part, cache: ChunkCache = ChunkCache()) -> None:
         self.source, self.part, self.cache = source, part, cache
-        self.folder = local_folder(source, cache) / part
+        self.folder = local_folder(source, cache, read_prepared(source, cache)) / part
         self.chunks = self._listed()
         self.sizes: list[int] = [chunk["chunk_size"] for chunk in self.chunks]
         self._ends = np.cumsum(self.sizes)
@@ -129,11 +139,17 @@ class ChunkReader:
         return self._open[chunk]
 
     def _map(self, chunk: int) -> Mapped:
-        path = self.folder / self.chunks[chunk]["filename"]
-        self._fetch(chunk, path)
-        check_chunk(path, self.chunks[chunk])
-        content = memoryview(np.memmap(path, np.uint8, "c"))  # type: ignore[arg-type]
-        return content, np.frombuffer(content, np.uint32, self.sizes[chunk] + 1, 4).tolist()
+        path, began = self.folder / self.chunks[chunk]["filename"], time.monotonic()
+        while True:
+            try:
+                self._fetch(chunk, path)
+                check_chunk(path, self.chunks[chunk])
+                content = memoryview(np.memmap(path, np.uint8, "c"))  # type: ignore[arg-type]
+                return content, np.frombuffer(content, np.uint32, self.sizes[chunk] + 1, 4).tolist()
+            except (FileNotFoundError, MissingChunkError):  # another process may have trimmed the cache
+                if not is_remote(self.source):
+                    raise
+                _wait(began, path)
 
     def _fetch(self, chunk: int, path: Path) -> None:
         if not is_remote(self.source):
@@ -183,16 +199,25 @@ def read_prepared(source: str, cache: ChunkCache = ChunkCache()) -> Prepared:
         FileNotFoundError: if nothing was prepared there.
         ValueError: if it is not whole, or of another version.
     """
-    folder = local_folder(source, cache)
-    if is_remote(source):
-        fetch(source.rstrip("/"), MANIFEST, folder)
-    elif not (folder / MANIFEST).is_file():
-        refuse_unfinished(folder)
-    content = read_json(folder / MANIFEST)
+    content = _manifest(source, cache)
     if content.get("version") != VERSION:
-        raise ValueError(f"{folder / MANIFEST} is of another version than {VERSION}: prepare the data again.")
+        raise ValueError(
+            f"{MANIFEST} in {source} is of another version than {VERSION}: prepare the data again."
+        )
     content.update(shape=tuple(content["shape"]), classes=tuple(content["classes"]))
     return Prepared(**content)
+
+
+def _manifest(source: str, cache: ChunkCache) -> dict[str, Any]:
+    """Of a bucket fetched each time: it may have been prepared anew."""
+    if is_remote(source):
+        cache.root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache.root, prefix=".fetching-") as fresh:
+            fetch(source.rstrip("/"), MANIFEST, Path(fresh))
+            return read_json(Path(fresh) / MANIFEST)
+    if not (Path(source) / MANIFEST).is_file():
+        refuse_unfinished(Path(source))
+    return read_json(Path(source) / MANIFEST)
 
 
 def refuse_unfinished(folder: Path) -> None:
@@ -204,9 +229,11 @@ def refuse_unfinished(folder: Path) -> None:
     raise FileNotFoundError(f"{folder} holds no {MANIFEST}: give the folder that `prepare` wrote.")
 
 
-def local_folder(source: str, cache: ChunkCache) -> Path:
+def local_folder(source: str, cache: ChunkCache, prepared: Prepared) -> Path:
     """Where the files are, or come to be, on this machine."""
-    return cache.folder_of(source) if is_remote(source) else Path(source)
+    if not is_remote(source):
+        return Path(source)
+    return cache.folder_of(prepared.content or f"{hash_seed(source, prepared):016x}")
 
 
 def fetch(remote: str, name: str, folder: Path) -> None:
@@ -243,7 +270,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_chunk(path: Path, listed: dict[str, Any]) -> None:
     """Refuse a chunk that is missing, cut off, or has not as many samples as the index says."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing, {INDEX} lists it: files were lost; {_AGAIN}")
+        raise MissingChunkError(f"{path} is missing, {INDEX} lists it: files were lost; {_AGAIN}")
     size, samples = path.stat().st_size, samples_in(path)
     if (size, samples) != (listed["chunk_bytes"], listed["chunk_size"]):
         raise ValueError(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,7 @@ class Prepared:
         classes: their names, none without labels.
         training, held_out: samples.
         autoencoder: fingerprint of the one that made the latents.
+        content: a hash of all chunks; "" where it was not taken.
         version: of this layout.
     """
 
@@ -53,11 +55,22 @@ class Prepared:
     training: int = 0
     held_out: int = 0
     autoencoder: str = ""
+    content: str = ""
     version: int = VERSION
 
     def write(self, folder: Path) -> None:
-        """Say that the folder is whole."""
-        write_json(folder / MANIFEST, asdict(self))
+        """Say that the folder is whole, and what its content hashes to."""
+        write_json(folder / MANIFEST, asdict(self) | {"content": content_hash(folder)})
+
+
+def content_hash(folder: Path) -> str:
+    """Of every chunk and index, 32 hexadecimal digits; reads all of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted([*folder.glob("*/chunk-*.bin"), *folder.glob(f"*/{INDEX}")]):
+        with open(file, "rb") as opened:
+            found = hashlib.file_digest(opened, "blake2b").hexdigest()
+        digest.update(f"{file.relative_to(folder).as_posix()} {found}".encode())
+    return digest.hexdigest()
 
 
 def litdata() -> Any:

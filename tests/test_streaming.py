@@ -139,11 +139,41 @@ def test_a_bucket_is_fetched_once_and_kept_within_bounds(numbered, tmp_path):
     data = StreamingDataModule(f"local:{numbered}", 32, options=options, num_workers=2)
     seen = torch.cat([batch["label"] for batch in data.train_dataloader()])
     assert sorted(seen.tolist()) == list(range(COUNT))
-    assert 1 <= len(list((tmp_path / "cache" / "training").glob("*.bin"))) <= 6
+    assert 1 <= len(list((tmp_path / "cache").glob("chunks-*/training/*.bin"))) <= 6
     with pytest.raises(FileNotFoundError, match=r"holds no prepared.json: upload the whole folder"):
         StreamingDataModule(
             f"local:{tmp_path}/nowhere", options=StreamingOptions(cache=ChunkCache(str(tmp_path)))
         )
+
+
+def test_a_bucket_that_was_prepared_anew_is_not_mixed_with_what_was_kept_of_it(copy, tmp_path):
+    options = StreamingOptions(streams=4, window=32, cache=ChunkCache(str(tmp_path / "cache")))
+
+    def darkest():
+        data = StreamingDataModule(f"local:{copy}", 32, options=options, num_workers=0)
+        return min(batch["image"].min().item() for batch in data.train_dataloader())
+
+    assert darkest() == -1
+    for number, part in enumerate(torch.arange(COUNT).split(CHUNK)):
+        white = torch.full((len(part), 1, 4, 4), 255, dtype=torch.uint8)
+        write_chunk(copy / "training", number, {"image": white, "label": part})
+    Prepared("pixels", (1, 4, 4), tuple(map(str, range(COUNT))), training=COUNT).write(copy)
+    assert darkest() == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_chunk_that_another_process_trims_is_fetched_again(numbered, tmp_path, monkeypatch):
+    cache = ChunkCache(str(tmp_path / "cache"))
+    reader, trimmed = ChunkReader(f"local:{numbered}", "training", cache), []
+
+    def trim(self, folder, keep):
+        if len(trimmed) < 2:
+            trimmed.append(keep)
+            keep.unlink()
+
+    monkeypatch.setattr(ChunkCache, "trim", trim)
+    assert reader.read([3])["label"].tolist() == [3]
+    assert len(trimmed) == 2
 
 
 def truncated(folder):
@@ -187,7 +217,7 @@ DAMAGE = [
     (broken_index, "index.json is broken"),
     (no_index, "index.json is missing: files were lost"),
     (other_chunks, "Found 960 samples in .*, expected the 7 of prepared.json"),
-    (other_version, "prepared.json is of another version than 1"),
+    (other_version, "prepared.json in .* is of another version than 1"),
 ]
 
 
