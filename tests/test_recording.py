@@ -90,7 +90,9 @@ def test_later_changes_of_the_argument_and_of_the_spec_do_not_reach_the_record()
 
 
 @pytest.mark.parametrize(
-    "foreign", [nn.Linear(1, 1), Holder(nn.Linear(1, 1)), Holder(lambda x: x), 3], ids=repr
+    "foreign",
+    [nn.Linear(1, 1), Holder(nn.Linear(1, 1)), Holder(lambda x: x), 3],
+    ids=["layer", "of a layer", "of a function", "number"],
 )
 def test_what_cannot_be_written_has_no_spec(foreign):
     assert spec(foreign) is None
