@@ -31,14 +31,15 @@ def payloads(data: bytes):
 
 def records(folder: Path, timeout: float = 30.0) -> list[Record]:
     """Of the one run in a folder `wandb`; W&B writes behind the back of `finish`, up to the record `exit`."""
-    (file,) = folder.glob("*run-*/run-*.wandb")
     until = time.monotonic() + timeout
     while time.monotonic() < until:
-        found = [Record.FromString(payload) for payload in payloads(file.read_bytes())]
+        (file,) = [*folder.glob("*run-*/run-*.wandb")] or [None]
+        data = file.read_bytes() if file else b""
+        found = [Record.FromString(payload) for payload in payloads(data)]
         if found and any(record.WhichOneof("record_type") == "exit" for record in found):
             return found
         time.sleep(0.1)
-    raise TimeoutError(f"no record `exit` in {file}")
+    raise TimeoutError(f"no record `exit` in {folder}")
 
 
 def history(found: list[Record]) -> list[dict[str, object]]:
