@@ -134,7 +134,8 @@ class ResumableDataModule(LightningDataModule):
         if len(data) < self._global_batch():
             raise ValueError(
                 f"found {len(data)} training images, expected at least the {self._global_batch()} of one "
-                "batch over all processes: lower batch_size."
+                f"batch of {self.batch_size} on each of {self.ranks().num_replicas} processes: lower batch_size, or "
+                "start fewer processes."
             )
         sampler = self.sampler_class(data, *self.ranks())
         self._start(sampler)

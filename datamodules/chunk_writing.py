@@ -111,10 +111,11 @@ class ChunkWriter:
             shape=tuple(form["mean" if self.autoencoder else "image"].shape[1:]),
             classes=tuple(data.classes),
             autoencoder=fingerprint(self.autoencoder) if self.autoencoder else "",
-            **counts,
+            training=counts["training"],
+            held_out=counts["held_out"],
         )
         prepared.write(folder)
-        return prepared
+        return read_prepared(str(folder))
 
     def _plan(self, data: ImageFolderDataModule) -> dict[str, Any]:
         """What decides over every byte that is written."""

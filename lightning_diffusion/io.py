@@ -8,6 +8,7 @@ metrics.csv, samples/ and checkpoints/last.ckpt.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -149,7 +150,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
-            write_atomically(path, partial(torch.save, checkpoint))
+            with _naming_full_disk(path):
+                write_atomically(path, partial(torch.save, checkpoint))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -231,6 +233,19 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _naming_full_disk(path: str | Path) -> Iterator[None]:
+    """torch tells of a full disk as of a wrong position in the file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        said = f"the disk is full ({os.strerror(cause.errno)}): free some space and resume the run; "
+        raise OSError(cause.errno, f"{said}the checkpoint before is whole", str(path)) from error
 
 
 @contextlib.contextmanager

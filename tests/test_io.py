@@ -88,6 +88,20 @@ def test_a_target_that_cannot_be_replaced_is_an_error(tmp_path):
     assert files_in(tmp_path) == ["a.ckpt"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_a_full_disk_is_named_and_the_checkpoint_before_is_whole(tmp_path, monkeypatch):
+    writer, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    writer.save_checkpoint({"step": 1}, path)
+    with monkeypatch.context() as patch:
+        full = lambda name, mode="r": open("/dev/full" if mode == "wb" else name, mode)  # noqa: E731, SIM115
+        patch.setattr("lightning_diffusion.io.open", full, raising=False)
+        with pytest.raises(
+            OSError, match=r"disk is full .*free some space and resume.*is whole: .*last\.ckpt"
+        ):
+            writer.save_checkpoint({"weight": torch.zeros(100_000)}, path)
+    assert load_checkpoint(path) == {"step": 1}
+
+
 def test_a_trainer_saves_and_loads_through_it(tmp_path):
     trainer = lightning.Trainer(
         accelerator="cpu", plugins=[AtomicCheckpointIO()], logger=False, enable_checkpointing=False
