@@ -30,6 +30,10 @@ NAMES = {
     ("magnitude_preserving", "qk_norm"): "the same without weight norm",
     ("magnitude_preserving", "weight_norm"): "the same without qk norm",
 }
+POSITIONS = {
+    ("dit", "qk_norm+rms_norm+swiglu"): "DiT, all but rotary",
+    ("dit", "qk_norm"): "DiT, qk_norm alone",
+}
 COLOURS = ("#0072B2", "#2A9D8F", "#8AB17D", "#E9A23B", "#C1440E")
 """From the smallest network to the largest, or from the first layer to the last."""
 Row = dict[str, str]
@@ -46,7 +50,7 @@ def values(found: Iterable[Row], name: str) -> list[float]:
 
 
 def table() -> None:
-    for part in (rates, losses, options, photographs, precisions):
+    for part in (rates, losses, options, long, photographs, precisions):
         print("\n".join(part()), end="\n\n")
 
 
@@ -133,6 +137,16 @@ def _effect(found: list[Row]) -> list[str]:
     return [*figures, f"{sum(row['diverged'] == '1' for row in found)} of {len(found)}"]
 
 
+def long() -> list[str]:
+    """Held-out loss, largest logit and activation after 600 steps of 32 digits at a usual rate, median of seeds."""
+    body = [
+        [name, _figures(found)]
+        for (n, v), name in (NAMES | POSITIONS).items()
+        if (found := rows(DOCS / "results" / "stability_long.csv", network=n, variant=v))
+    ]
+    return markdown(["network, size 3", "600 steps, rate 0.002"], body)
+
+
 def photographs() -> list[str]:
     """Held-out loss, largest logit and activation by size, crops of photographs."""
     tried = sorted({float(row["rate"]) for row in rows(ROWS, images=32)})
@@ -142,7 +156,7 @@ def photographs() -> list[str]:
             f"{r:g}",
             *(_figures(rows(ROWS, images=32, network=n, variant=v, size=size, rate=r)) for size in SIZES),
         ]
-        for (n, v), name in NAMES.items()
+        for (n, v), name in (NAMES | POSITIONS).items()
         for r in tried
         if rows(ROWS, images=32, network=n, variant=v, rate=r)
     ]
@@ -187,7 +201,7 @@ def logits() -> Figure:
         for panel, (network, variant) in zip(line, networks, strict=True):
             found = rows(LAYERS, images=8, network=network, variant=variant, rate=rate)
             _sizes(panel, found, lambda row: max(numbers(row["logits"])))
-            panel.set(yscale="log", ylim=(0.5, 3e4), xlim=(0, 100))
+            panel.set(yscale="log", ylim=(0.5, 3e5), xlim=(0, 100), xticks=(0, 40, 80))
             if rate == 0.004:
                 panel.set_title(NAMES[network, variant].replace("Preserving", "-\nPreserving"), fontsize=9)
             if panel is not line[0]:
@@ -219,12 +233,24 @@ def layers() -> Figure:
         found = rows(LAYERS, images=8, network=network, variant=variant, size=5, rate=0.004)
         for panel, name in zip(column, ("activations", "weights"), strict=True):
             _blocks(panel, found, name)
-            panel.set(yscale="log", xlim=(0, 100), ylim=(0.1, 10) if name == "activations" else (0.01, 2))
+            panel.set(
+                yscale="log",
+                xlim=(0, 100),
+                xticks=(0, 40, 80),
+                ylim=(0.1, 20) if name == "activations" else (0.8, 2),
+            )
             if panel not in axes[:, 0]:
                 panel.tick_params(labelleft=False)
-        column[0].set_title(NAMES[network, variant].replace("Preserving", "-\nPreserving"), fontsize=9)
+        title = (
+            NAMES[network, variant]
+            .replace("Preserving", "-\nPreserving")
+            .replace("same without", "same\nwithout")
+        )
+        column[0].set_title(title, fontsize=9)
     axes[0, 0].set_ylabel("activations")
-    axes[1, 0].set_ylabel("weights")
+    axes[1, 0].set_ylabel("weights over their start")
+    for panel in axes[1]:
+        panel.set(yscale="linear")
     figure.supxlabel("step", fontsize=10)
     return figure
 
@@ -235,6 +261,8 @@ def _blocks(panel: Axes, found: list[Row], name: str) -> None:
     if not found:
         return
     series = list(zip(*(numbers(row[name]) for row in found), strict=True))
+    if name == "weights":
+        series = [tuple(value / line[0] for value in line) for line in series]
     for index, line in enumerate(series):
         colour = colormaps["viridis"](0.9 * index / max(len(series) - 1, 1))
         panel.plot([int(row["step"]) for row in found], line, color=colour, linewidth=1.2)
