@@ -39,7 +39,7 @@ code { display: block; background: var(--code); color: var(--text); border-radiu
   flex: 1 1 380px; min-width: 0; overflow-x: auto; }
 .card.wide { flex: 1 1 100%; } .card.picture { flex: 1 1 560px; }
 .card h3, figcaption { font-size: 14px; font-weight: 600; margin: 0 0 8px; }
-img { display: block; max-width: 100%; height: auto; }
+img { display: block; max-width: min(100%, 760px); height: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 4px 0 4px 14px; border-top: 1px solid var(--line); vertical-align: top;
   overflow-wrap: anywhere; }

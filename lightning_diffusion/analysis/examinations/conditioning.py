@@ -118,7 +118,7 @@ def _table(profile: LevelProfile, grown: Any) -> Table:
 def _levels(profile: LevelProfile) -> Table:
     """Every second level, from noise to clean images."""
     norms = dict(zip(profile.measured.tolist(), profile.gradients.tolist(), strict=True))
-    columns = (profile.log_snr.tolist(), profile.inputs, profile.residuals, profile.outputs)
+    columns = (profile.log_snr.tolist(), profile.inputs, profile.residuals)
     rows = tuple(
         (
             f"{level:.1f}",
@@ -127,7 +127,7 @@ def _levels(profile: LevelProfile) -> Table:
         )
         for level, *others in list(zip(*columns, strict=True))[::_EVERY]
     )
-    header = ("log-SNR", "input", "target", "output", "parameters' gradient norm")
+    header = ("log-SNR", "input", "target", "parameters' gradient norm")
     return Table("Deviations, and gradient norms as training weighs levels", header, rows)
 
 
