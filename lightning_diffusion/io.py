@@ -85,7 +85,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 def settle(path: Path) -> None:
     """Put back what a process that was killed right in `publish` had moved aside: a folder is not replaced at once."""
-    if _aside(path).exists() and not path.exists():
+    if not path.exists() and _aside(path).exists():
         os.replace(_aside(path), path)
 
 
