@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from lightning_diffusion import DiffusionModule, Heun, UNet
 from lightning_diffusion.callbacks import PowerFunctionEMA, SampleGrid
 from lightning_diffusion.datamodules import DigitsDataModule
 from lightning_diffusion.plots import image_grid, to_pixels
+
+
+ALONE = SimpleNamespace(world_size=1)
 
 
 class Drawing(LightningModule):
@@ -96,8 +100,8 @@ def test_each_row_shows_one_class(tmp_path: Path) -> None:
 
 def test_many_classes_are_cut_and_no_class_is_drawn_in_a_square() -> None:
     many, none = Drawing(num_classes=1000), Drawing(num_classes=0)
-    assert len(SampleGrid(rows=2, columns=3)._sample(many)) == 6
-    assert len(SampleGrid(rows=2, columns=3)._sample(none)) == 6
+    assert len(SampleGrid(rows=2, columns=3)._sample(ALONE, many)) == 6
+    assert len(SampleGrid(rows=2, columns=3)._sample(ALONE, none)) == 6
 
 
 @pytest.mark.parametrize(
@@ -108,7 +112,7 @@ def test_averaged_weights_draw_where_there_are_any(
     averages: dict[str, Any], weights: str, expected: str
 ) -> None:
     module = Drawing(averages=averages)
-    SampleGrid(weights=weights, seed=7)._sample(module)
+    SampleGrid(weights=weights, seed=7)._sample(ALONE, module)
     assert module.calls[0]["weights"] == expected
     assert module.calls[0]["seed"] == 7
 
