@@ -16,7 +16,6 @@ from lightning_diffusion.callbacks import PowerFunctionEMA, SampleGrid
 from lightning_diffusion.datamodules import DigitsDataModule
 from lightning_diffusion.plots import image_grid, to_pixels
 
-
 ALONE = SimpleNamespace(world_size=1)
 
 
