@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,18 @@ class _Index(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """A class that is allowed."""
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name in _OF_INDEX.get(module.removeprefix("torch.distributed.checkpoint."), ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _member(kind: Any, name: str) -> Enum:
+    """Of an enumeration: some Pythons (3.11.0 to 3.11.3) pickle it as getattr(kind, name)."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"it asks {kind} for {name}")
+    return kind[name]
 
 
 class Reader(FileSystemReader):
@@ -75,6 +85,8 @@ def is_sharded_checkpoint(path: str | Path) -> bool:
     return (Path(path) / META).is_file() or (Path(path) / INDEX).is_file()
 
 
+_PATHS = frozenset(("Path", "PosixPath", "PurePosixPath", "WindowsPath"))
+
 _OF_INDEX = {
     "metadata": frozenset(
         (
@@ -94,7 +106,8 @@ _OF_INDEX = {
     )
     | {"Size"},
     "torch.serialization": frozenset(("_get_layout",)),
-    "pathlib": frozenset(("Path", "PosixPath", "PurePosixPath", "WindowsPath")),
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
 }
 
 

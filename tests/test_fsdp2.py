@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import shutil
-import sys
 
 import lightning as L
 import pytest
 import torch
 from processes_of_tests import run_processes
 from sharded_job import QUIET, module
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.testing import assert_close
 
 import lightning_diffusion as ld
 from lightning_diffusion.cli import main
 from lightning_diffusion.datamodules import DigitsDataModule
 from lightning_diffusion.io import checkpoint_of, load_checkpoint, publish
-from lightning_diffusion.sharded_checkpoints import INDEX, check_whole, named, numbered
+from lightning_diffusion.sharded_checkpoints import INDEX, _Index, check_whole, named, numbered
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +80,26 @@ def test_damaged_shards_are_refused(copied):
         load_checkpoint(copied)
 
 
-def test_an_index_runs_nothing(copied):
-    (copied / INDEX).write_bytes(pickle.dumps(sys.exit))
-    with pytest.raises(ValueError, match=r"it names sys\.exit"):
+OF_A_CLASS = b"cbuiltins\ngetattr\n(ctorch\nSize\nVcount\ntR."  # getattr(torch.Size, "count")
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        (pickle.dumps(eval), r"it names builtins\.eval"),
+        (OF_A_CLASS, r"it asks <class 'torch\.Size'> for count"),
+    ],
+)
+def test_an_index_runs_nothing(copied, index, said):
+    (copied / INDEX).write_bytes(index)
+    with pytest.raises(ValueError, match=said):
         check_whole(copied)
+
+
+def test_members_of_enumerations_are_read_as_any_python_writes_them():
+    kind = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+    index = b"cbuiltins\ngetattr\n(" + kind + b"VTORCH_CHANNELS_LAST\ntR."
+    assert _Index(io.BytesIO(index)).load() is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
 
 
 def test_a_folder_that_was_being_replaced_is_found(copied, tmp_path):
