@@ -34,7 +34,7 @@ from lightning_diffusion.io import load_checkpoint
 
 FAULTS = ("SIGKILL", "SIGSTOP", "SIGSTOP of the first", "exception", "broken file", "endless step")
 SAYS = r"(?:rank \d+ \(.*?\) (?:ended without|has not|failed)|no rank has got on).*"
-BATCH, EVERY, EPOCHS, STRUCK = 50, 5, 3, 12
+BATCH, EVERY, EPOCHS, STRUCK = 50, 5, 7, 12
 
 
 class Numbered(DigitsDataModule):
