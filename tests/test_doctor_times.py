@@ -19,7 +19,7 @@ from lightning_diffusion.analysis.step_times import (
 )
 from lightning_diffusion.analysis.trainer_settings import TrainerSettings
 
-COMPUTE, LOAD = 0.06, 0.04  # seconds a batch
+COMPUTE, LOAD, LATE = 0.2, 0.16, 0.1  # seconds a batch; by which a busy machine may be late
 
 
 class SleepingNetwork(nn.Module):
@@ -49,18 +49,18 @@ def patient(num_workers, seconds=LOAD, batches=20):
     return Patient(module(network=SleepingNetwork()), loader, TrainerSettings({"max_steps": 9}), steps=3)
 
 
-@pytest.mark.parametrize(("num_workers", "least", "most"), [(0, COMPUTE + LOAD, 0.15), (1, COMPUTE, 0.09)])
-def test_loading_adds_to_the_step_unless_workers_do_it_meanwhile(num_workers, least, most):
+@pytest.mark.parametrize(("num_workers", "expected"), [(0, COMPUTE + LOAD), (1, COMPUTE)])
+def test_loading_adds_to_the_step_unless_workers_do_it_meanwhile(num_workers, expected):
     one, kind = patient(num_workers), Kind("fp32")
     times = StepTimes(step_time(one, kind), network_time(one, kind), loading_time(one), workers(one))
-    assert COMPUTE <= times.network < 0.09
-    assert 0.9 * LOAD < times.loading < 0.06
-    assert 0.95 * least < times.whole < most
+    assert COMPUTE <= times.network < COMPUTE + LATE
+    assert 0.9 * LOAD < times.loading < LOAD + LATE
+    assert 0.95 * expected < times.whole < expected + LATE
 
 
 def test_batches_that_workers_loaded_ahead_are_not_timed():
-    slow = patient(2, seconds=0.1, batches=16)  # 0.05 s a batch from two workers, of four loaded ahead
-    assert 0.04 < loading_time(slow) < 0.08
+    slow = patient(2, seconds=0.4, batches=16)  # 0.2 s a batch from two workers, of four loaded ahead
+    assert 0.16 < loading_time(slow) < 0.2 + LATE
 
 
 def test_a_loader_that_workers_exhaust_ahead_is_timed_as_a_whole():

@@ -85,7 +85,8 @@ def _tell_wandb(folder: Path, sweep: Sweep, pixels: NDArray[np.uint8]) -> None:
     import wandb
 
     with wandb_run_of(folder):
-        logger = WandbLogger(**{**_wandb_arguments(folder), "save_dir": folder.parent, "log_model": False})
+        own = {"id": (folder / WANDB_ID).read_text().strip(), "save_dir": folder.parent, "log_model": False}
+        logger = WandbLogger(**{**_wandb_arguments(folder), **own})
         logger.log_metrics(sweep.scalars, sweep.step)
         table = wandb.Table(["sigma_rel", sweep.metric], [list(point) for point in sweep.values.items()])
         line = wandb.plot.line(table, "sigma_rel", sweep.metric, title=f"{NAME}/{sweep.metric}")
