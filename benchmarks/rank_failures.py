@@ -1,16 +1,18 @@
 """Something happens to one of two ranks: how soon have all ended, what do they say, and is anything lost?
 
-    OMP_NUM_THREADS=1 python benchmarks/rank_failures.py [--kills 10] [--faults-only | --kills-only]
+    OMP_NUM_THREADS=1 python benchmarks/rank_failures.py [--kills 10] [--faults NAMES] [--faults-only | --kills-only]
 
 The digits job on two processes (DDP over gloo). First every fault under Lightning's own launcher and under torchrun,
-with the default patience of `RankWatchdog`: seconds from the fault until every process of the job was gone. Then
-`--kills` SIGKILLs of one drawn rank at drawn moments, each followed by a resumption from the last checkpoint, against
-a run without: images are counted in the steps that the final weights have been through.
+with the default patience of `RankWatchdog`: seconds from the fault until every rank that was not stopped had ended, and
+until every process of the job was gone. Then `--kills` SIGKILLs of one drawn rank at drawn moments, each followed by a
+resumption from the last checkpoint, against a run without: images are counted in the steps that the final weights have
+been through.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import re
@@ -21,7 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -123,14 +125,26 @@ def begin(folder: Path, launcher: str, fault: str = "", attempt: int = 0) -> sub
     )  # fmt: skip
 
 
-def members(folder: Path) -> list[int]:
-    """Processes of a job that have not ended; the ranks last."""
+class Member(NamedTuple):
+    """A process of a job that has not ended: a rank, which may be stopped, or torchrun."""
+
+    pid: int
+    is_stopped: bool
+    is_torchrun: bool
+
+    @property
+    def is_running_rank(self) -> bool:
+        return not (self.is_stopped or self.is_torchrun)
+
+
+def members(folder: Path) -> list[Member]:
+    """Of a job."""
     found = subprocess.run(["ps", "-eo", "pid=,stat=,args="], capture_output=True, text=True, check=False)
     lines = [line.split(maxsplit=2) for line in found.stdout.splitlines()]
-    own = [
-        (int(pid), args) for pid, state, args in lines if f"{folder} " in args and not state.startswith("Z")
+    own = [line for line in lines if f"{folder} " in line[2] and not line[1].startswith("Z")]
+    return [
+        Member(int(pid), state.startswith("T"), "torch.distributed.run" in args) for pid, state, args in own
     ]
-    return [pid for pid, args in sorted(own, key=lambda one: "torch.distributed.run" not in one[1])]
 
 
 def strike(root: Path, launcher: str, fault: str) -> str:
@@ -140,16 +154,28 @@ def strike(root: Path, launcher: str, fault: str) -> str:
     while not (folder / "fault").exists() and job.poll() is None:
         time.sleep(0.05)
     struck = time.monotonic()
-    while members(folder) and time.monotonic() - struck < 120:
+    others = math.inf
+    while (left := members(folder)) and time.monotonic() - struck < 120:
+        if not any(one.is_running_rank for one in left):
+            others = min(others, time.monotonic() - struck)
         job.poll()
         time.sleep(0.1)
-    seconds, left = time.monotonic() - struck, members(folder)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
+    seconds = time.monotonic() - struck
+    for one in left:
+        os.kill(one.pid, signal.SIGKILL)
     said = re.findall(SAYS, (folder / "errors-0.txt").read_text())
     step = load_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"]
     ended = f"{seconds:.0f}" if not left else "more than 120"
-    return f"| {launcher} | {fault} | {ended} | {job.wait()} | {step} | {said[0] if said else 'nothing'} |"
+    cells = (
+        launcher,
+        fault,
+        f"{min(others, seconds):.0f}",
+        ended,
+        job.wait(),
+        step,
+        said[0] if said else "nothing",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def kill_and_resume(root: Path, kills: int) -> None:
@@ -164,7 +190,7 @@ def kill_and_resume(root: Path, kills: int) -> None:
         while job.poll() is None and (not seen.exists() or len(seen.read_text().splitlines()) < steps):
             time.sleep(0.002)
         time.sleep(draw.random() * 0.02)
-        ranks = [pid for pid in members(killed) if pid != job.pid]
+        ranks = [one.pid for one in members(killed) if not one.is_torchrun]
         os.kill(draw.choice(ranks), signal.SIGKILL)
         job.wait()
     status = begin(killed, "torchrun", attempt=kills).wait()
@@ -206,6 +232,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--faults-only", action="store_true")
+    parser.add_argument("--faults", nargs="*", default=FAULTS)
     parser.add_argument("--kills-only", action="store_true")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--fault", default="", help=argparse.SUPPRESS)
@@ -217,10 +244,12 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as root:
         if not given.kills_only:
-            print("| launcher | what happens | seconds | status | checkpoint of step | the others say |")
-            print("| --- | --- | ---: | ---: | ---: | --- |")
+            print(
+                "| launcher | what happens | seconds, the others | all | status | checkpoint of step | the others say |"
+            )
+            print("| --- | --- | ---: | ---: | ---: | ---: | --- |")
             for launcher in ("Lightning", "torchrun"):
-                for fault in FAULTS:
+                for fault in given.faults:
                     print(strike(Path(root), launcher, fault), flush=True)
         if not given.faults_only:
             kill_and_resume(Path(root), given.kills)
