@@ -34,6 +34,13 @@ def process_as_it_began():
         os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_service_of_wandb():
+    """One that another module's tests started works in the folder, and with the settings, of that time."""
+    if (wandb := sys.modules.get("wandb")) is not None:
+        wandb.teardown()
+
+
 @pytest.fixture
 def process_as_it_was(monkeypatch):
     """Commands set the seed, quieten loggers and name the run in the environment."""
