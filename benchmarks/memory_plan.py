@@ -61,6 +61,16 @@ class MeasuredPeak(TorchDispatchMode):
         return out
 
 
+class Trained(L.Callback):
+    """The peak until the last step was taken: what the Trainer puts back afterwards, it puts back on the CPU."""
+
+    def __init__(self, measured: MeasuredPeak) -> None:
+        self.measured, self.peak = measured, 0
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.peak = self.measured.peak
+
+
 def new_module(channels: int, size: int) -> ld.DiffusionModule:
     network = ld.UNet((3, size, size), channels=channels, multipliers=(1, 2, 2), num_classes=10)
     return ld.DiffusionModule(network, representation=ld.Standardize([0.0] * 3, [0.5] * 3))
@@ -80,11 +90,14 @@ def measure(module: ld.DiffusionModule, setting: Setting, batch: int) -> int:
     quiet: dict[str, Any] = dict(  # noqa: C408
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
     )
-    trainer = L.Trainer(max_steps=STEPS, accelerator="cpu", plugins=plugins, callbacks=[EMA()], **quiet)
+    measured = MeasuredPeak(iter([*module.parameters(), *module.buffers()]))
+    trained = Trained(measured)
+    callbacks = [EMA(), trained]
+    trainer = L.Trainer(max_steps=STEPS, accelerator="cpu", plugins=plugins, callbacks=callbacks, **quiet)
     loader = DataLoader(samples(STEPS * batch, module.network.image_shape[-1]), batch)
-    with MeasuredPeak(iter([*module.parameters(), *module.buffers()])) as measured:
+    with measured:
         trainer.fit(module, loader)
-    return measured.peak
+    return trained.peak
 
 
 def plan(channels: int, size: int, setting: Setting, batch: int) -> MemoryPlan:
