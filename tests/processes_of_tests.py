@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 OF_A_WORLD = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
@@ -14,8 +15,15 @@ HERE = Path(__file__).parent
 
 def run_processes(script: str | Path, *arguments: object, processes: int = 2, timeout: float = 240) -> str:
     """What `tests/SCRIPT` prints under torchrun on `processes` processes; its errors when it fails."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = run([*launch, HERE / script, *arguments], timeout)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return run_script(script, *arguments, launcher=torchrun, timeout=timeout)
+
+
+def run_script(
+    script: str | Path, *arguments: object, launcher: Sequence[str] = (), timeout: float = 240
+) -> str:
+    """What `tests/SCRIPT` prints, run by Python itself or by a launcher's module; its errors when it fails."""
+    done = run([sys.executable, *launcher, HERE / script, *arguments], timeout)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done.stdout
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import threading
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from failing_ranks import BATCH_SIZE, BATCHES, EPOCHS, FAULTS
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
-from processes_of_tests import HERE, run
+from processes_of_tests import run_script
 
 from lightning_diffusion.callbacks import RankWatchdog
 from lightning_diffusion.callbacks.rank_watchdog import Processes
@@ -30,8 +29,7 @@ SAID = {
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     folder = tmp_path_factory.mktemp("failing")
-    done = run([sys.executable, HERE / "failing_ranks.py", folder], timeout=240)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    run_script("failing_ranks.py", folder)
     return folder
 
 

@@ -1,10 +1,8 @@
 """The same global batch on any number of processes: data, mirroring, latents, levels, drops; the same gradient."""
 
-import sys
-
 import pytest
 import torch
-from processes_of_tests import HERE, run
+from processes_of_tests import run_script
 from torch.testing import assert_close
 
 pytest.importorskip("litdata")
@@ -15,8 +13,7 @@ GLOBAL_BATCH = 8
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("same_batch")
-    done = run([sys.executable, HERE / "same_batch_processes.py", folder], timeout=240)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    run_script("same_batch_processes.py", folder)
     return folder
 
 
